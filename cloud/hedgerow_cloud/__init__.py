@@ -1,0 +1,1 @@
+"""The centre: fleet, publishing, learning, large models, and the command line."""

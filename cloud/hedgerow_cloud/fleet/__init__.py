@@ -1,0 +1,1 @@
+"""What the fleet knows and tells its devices."""

@@ -1,0 +1,1 @@
+"""Signing releases and putting them out."""

@@ -1,0 +1,1 @@
+"""The device: what it does besides answering requests."""

@@ -1,0 +1,104 @@
+"""Settings from a TOML file and the environment, frozen and checked, with errors that name the key.
+
+A daemon declares its settings as a frozen `msgspec.Struct` and calls `load`. The environment wins over the file:
+``HEDGEROW_SERVER__PORT=9000`` sets ``server.port``. Values from the environment are read as TOML where they are TOML
+(numbers, booleans, arrays) and as text otherwise. This module is the only reader of the environment.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from hedgerow.errors import ConfigError
+
+PREFIX = "HEDGEROW_"
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every settings section: frozen, keyword-only, and an unknown key is an error."""
+
+
+class ServerSettings(Settings, frozen=True, kw_only=True):
+    """Where OIP is served."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8001
+    """0: any free port."""
+    max_message_bytes: Count = 2**31 - 1
+    drain_s: Seconds = 10.0
+    """How long requests in flight may take at shutdown."""
+    default_timeout_s: Seconds = 60.0
+    """The deadline of a request that brings none."""
+
+
+class BrokerSettings(Settings, frozen=True, kw_only=True):
+    """Where the MQTT broker is, and how to be let in."""
+
+    host: str = "127.0.0.1"
+    port: Port = 1883
+    username: str = ""
+    password: str = ""
+    ca_file: str = ""
+    """PEM file of the authority that signed the broker's certificate; empty: no TLS."""
+    keepalive_s: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 30
+
+
+T = TypeVar("T", bound=Settings)
+
+
+def load(kind: type[T], file: Path | None = None, environ: Mapping[str, str] | None = None) -> T:
+    """Settings of `kind` from `file` and the environment; raises `ConfigError` naming the key and what it should be."""
+    tree: dict[str, Any] = {}
+    if file is not None:
+        try:
+            tree = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the settings file {file}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} is not TOML: {error}") from error
+    for name, text in (os.environ if environ is None else environ).items():
+        if name.startswith(PREFIX) and "__" in name:
+            _set(tree, name.removeprefix(PREFIX).lower().split("__"), text, name)
+    try:
+        return msgspec.convert(tree, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(str(error), file)) from error
+
+
+def variable(name: str, default: str = "") -> str:
+    """One variable of the environment, for what is no setting of ours (NO_COLOR, XDG_STATE_HOME)."""
+    return os.environ.get(name, default)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment for a child process, with `extra` on top."""
+    return {**os.environ, **extra}
+
+
+def _set(tree: dict[str, Any], path: list[str], text: str, variable_name: str) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{variable_name}: {key} is a value, not a section")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    tree[path[-1]] = value
+
+
+def _explain(message: str, file: Path | None) -> str:
+    """msgspec says "Expected `int`, got `str` - at `$.server.port`": put the key first."""
+    what, _, where = message.partition(" - at `$")
+    key = where.rstrip("`").removeprefix(".") or "settings"
+    source = f" (in {file} or the environment)" if file else ""
+    return f"{key}: {what[:1].lower()}{what[1:]}{source}"
