@@ -1,0 +1,16 @@
+"""Fixtures that more than one suite uses."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from simulators import brokers
+
+
+@pytest.fixture(params=brokers.KINDS)
+async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[brokers.Broker]:
+    """A real broker that runs; the test runs once over each kind."""
+    if reason := brokers.missing(request.param):
+        pytest.skip(reason)
+    async with brokers.running(request.param, tmp_path / "broker") as running:
+        yield running
