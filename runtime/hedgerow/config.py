@@ -5,9 +5,10 @@ A daemon declares its settings as a frozen `msgspec.Struct` and calls `load`. Th
 (numbers, booleans, arrays) and as text otherwise. This module is the only reader of the environment.
 """
 
+import contextlib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -33,11 +34,13 @@ class ServerSettings(Settings, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: Port = 8001
     """0: any free port."""
-    max_message_bytes: Count = 2**31 - 1
+    max_message_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] = 2**31 - 1
     drain_s: Seconds = 10.0
     """How long requests in flight may take at shutdown."""
     default_timeout_s: Seconds = 60.0
     """The deadline of a request that brings none."""
+    max_inflight: Count = 1024
+    """Requests being worked on at once; more are refused."""
 
 
 class BrokerSettings(Settings, frozen=True, kw_only=True):
@@ -82,6 +85,21 @@ def variable(name: str, default: str = "") -> str:
 def environment(**extra: str) -> dict[str, str]:
     """The environment for a child process, with `extra` on top."""
     return {**os.environ, **extra}
+
+
+@contextlib.contextmanager
+def exported(**variables: str) -> Iterator[None]:
+    """Variables set for the length of a ``with``, for libraries that take settings from the environment only."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _set(tree: dict[str, Any], path: list[str], text: str, variable_name: str) -> None:

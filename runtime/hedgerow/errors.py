@@ -4,7 +4,8 @@
 
     HedgerowError
     ├── InvalidInput            the caller's request is wrong              INVALID_ARGUMENT
-    ├── ModelNotFound           no such model or version                   NOT_FOUND
+    ├── NotFound                there is no such thing                     NOT_FOUND
+    │   └── ModelNotFound       no such model or version
     ├── Unavailable             not now; try again                         UNAVAILABLE
     │   ├── ModelNotReady       loading, draining or being swapped
     │   └── BackendUnavailable  a remote is down, cut off or circuit-broken
@@ -52,10 +53,14 @@ class InvalidInput(HedgerowError):
     status = grpc.StatusCode.INVALID_ARGUMENT
 
 
-class ModelNotFound(HedgerowError):
-    """No model of that name, or not in that version."""
+class NotFound(HedgerowError):
+    """What was asked for by name is not here: a device, a release, a file."""
 
     status = grpc.StatusCode.NOT_FOUND
+
+
+class ModelNotFound(NotFound):
+    """No model of that name, or not in that version."""
 
 
 class Unavailable(HedgerowError):

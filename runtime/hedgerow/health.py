@@ -1,0 +1,82 @@
+"""grpc.health.v1 over a question ("are you ready?"), and reflection, for any of our servers."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Final, cast
+
+import grpc
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import FileDescriptor
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from hedgerow.errors import HedgerowError
+from hedgerow.rpc import Context, generic_handler, parse
+
+WATCH_INTERVAL_S = 0.5
+"""How often a watched status is looked at."""
+
+SERVICE: Final = "grpc.health.v1.Health"
+_Status = health_pb2.HealthCheckResponse
+_POOL = descriptor_pool.Default()  # where grpcio-health-checking and grpcio-reflection keep theirs
+
+
+class Health:
+    """The health service: `ready` is asked each time, so that the answer cannot be out of date.
+
+    It speaks for the whole server ("") and for each of `services`. The stock servicer keeps statuses that somebody must
+    set, and its watchers forget each other.
+    """
+
+    def __init__(self, ready: Callable[[], Awaitable[bool]], services: Iterable[str]) -> None:
+        self._ready = ready
+        self._services = {"", SERVICE, *services}
+
+    @property
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What to add to a server."""
+        return generic_handler(_POOL.FindServiceByName(SERVICE), {"Check": self.check, "Watch": self.watch})
+
+    async def check(self, request: health_pb2.HealthCheckRequest, context: Context) -> _Status:
+        """The status of one service now; NOT_FOUND for one that is not here."""
+        if request.service not in self._services:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service[:200]!r} here")
+        return _Status(status=await self._status(request.service))
+
+    async def watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        """The status of one service, and again each time it has changed."""
+        last = None
+        while True:
+            status = await self._status(request.service)
+            if status != last:
+                await context.write(_Status(status=status).SerializeToString())
+                last = status
+            await asyncio.sleep(WATCH_INTERVAL_S)
+
+    async def _status(self, service: str) -> int:
+        if service not in self._services:
+            return _Status.SERVICE_UNKNOWN
+        try:
+            return _Status.SERVING if await self._ready() else _Status.NOT_SERVING
+        except HedgerowError:
+            return _Status.NOT_SERVING
+
+
+def reflection_handler(services: Iterable[str], files: Iterable[FileDescriptor]) -> grpc.GenericRpcHandler:
+    """Server reflection of `services`, as `files` of any pool describe them (imports first), and of health."""
+    own = (SERVICE, reflection.SERVICE_NAME)
+    names = (*services, *own)
+    pool = descriptor_pool.DescriptorPool()
+    for file in (*files, *(_POOL.FindFileContainingSymbol(name) for name in own)):
+        pool.AddSerializedFile(file.serialized_pb)
+    servicer = reflection.aio.ReflectionServicer(names, pool)
+
+    async def answer(raws: AsyncIterator[bytes], context: Context) -> None:
+        requests = (parse(reflection_pb2.ServerReflectionRequest, raw) async for raw in raws)
+        # The type stubs take the generator for a coroutine.
+        responses = cast("AsyncIterator[Message]", servicer.ServerReflectionInfo(requests, context))
+        async for response in responses:
+            await context.write(response.SerializeToString())
+
+    return generic_handler(_POOL.FindServiceByName(reflection.SERVICE_NAME), {"ServerReflectionInfo": answer})

@@ -1,0 +1,351 @@
+"""The Open Inference Protocol over any Backend: `OipService` answers the calls, `Server` listens.
+
+The life of a call: admitted (not draining, not too many), turned into a request once, checked against the model's
+metadata, given what is left of the caller's deadline, answered by the backend, counted. Errors become statuses in
+`hedgerow.rpc`.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Final, Self
+
+import grpc
+
+from hedgerow import __version__
+from hedgerow.backend import Backend, Deadline, ModelControl
+from hedgerow.config import ServerSettings
+from hedgerow.errors import ConfigError, DeadlineExceeded, Forbidden, ModelNotReady, Overloaded, Unsupported
+from hedgerow.health import Health, reflection_handler
+from hedgerow.lifecycle import InFlight
+from hedgerow.proto import oip_pb2
+from hedgerow.rpc import Context, details, generic_handler, parse, public
+from hedgerow.statistics import Statistics, Stopwatch
+from hedgerow.tensors import (
+    InferRequest,
+    InferResponse,
+    check_request,
+    config_to_proto,
+    metadata_to_proto,
+    request_from_proto,
+    response_to_proto,
+)
+
+STREAM_CONCURRENCY = 8
+"""Requests of one stream that are worked on at once; more wait unread, which slows the sender down."""
+STREAM_ANSWERS = 16
+"""Answers of one streamed request that may wait for the caller to read those before."""
+RETRY_AFTER_S = 1.0
+"""When a refused caller may try again."""
+FLUSH_S = 1.0
+"""How long calls may linger after the drain: answers being sent, idle streams."""
+
+SERVICE: Final = oip_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+_Queue = asyncio.Queue[oip_pb2.ModelStreamInferResponse | None]
+
+
+class OipService:
+    """One method a call of GRPCInferenceService, in its order. Once `draining` is set, nothing new is begun."""
+
+    def __init__(self, backend: Backend, settings: ServerSettings, control: ModelControl | None, name: str) -> None:
+        self._backend = backend
+        self._settings = settings
+        self._control = control
+        self._name = name
+        self._statistics = Statistics()
+        self.inflight = InFlight()
+        self.draining = False
+
+    @property
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What to add to a server."""
+        return generic_handler(
+            SERVICE,
+            {
+                "ServerLive": self.server_live,
+                "ServerReady": self.server_ready,
+                "ModelReady": self.model_ready,
+                "ServerMetadata": self.server_metadata,
+                "ModelMetadata": self.model_metadata,
+                "ModelInfer": self.model_infer,
+                "ModelStreamInfer": self.model_stream_infer,
+                "ModelConfig": self.model_config,
+                "ModelStatistics": self.model_statistics,
+                "RepositoryIndex": self.repository_index,
+                "RepositoryModelLoad": self.repository_model_load,
+                "RepositoryModelUnload": self.repository_model_unload,
+            },
+        )
+
+    async def ready(self) -> bool:
+        """Whether requests are taken and every model has a version that is ready."""
+        if self.draining:
+            return False
+        states = await self._backend.models()
+        return {state.name for state in states} == {state.name for state in states if state.ready}
+
+    async def server_live(self, _: oip_pb2.ServerLiveRequest, __: Context) -> oip_pb2.ServerLiveResponse:
+        """Live: we answer."""
+        return oip_pb2.ServerLiveResponse(live=True)
+
+    async def server_ready(self, _: oip_pb2.ServerReadyRequest, __: Context) -> oip_pb2.ServerReadyResponse:
+        """Whether all models are ready, as the protocol has it."""
+        return oip_pb2.ServerReadyResponse(ready=await self.ready())
+
+    async def model_ready(self, request: oip_pb2.ModelReadyRequest, _: Context) -> oip_pb2.ModelReadyResponse:
+        """Whether one model is ready; an unknown one is not, which is no error."""
+        ready = not self.draining and await self._backend.ready(request.name, request.version)
+        return oip_pb2.ModelReadyResponse(ready=ready)
+
+    async def server_metadata(self, _: oip_pb2.ServerMetadataRequest, __: Context) -> oip_pb2.ServerMetadataResponse:
+        """Name, version, and the extensions of the protocol that are really there."""
+        extensions = ["model_configuration", "parameters", "statistics"]
+        if self._control is not None:
+            extensions.append("model_repository")
+        return oip_pb2.ServerMetadataResponse(name=self._name, version=__version__, extensions=extensions)
+
+    async def model_metadata(self, request: oip_pb2.ModelMetadataRequest, _: Context) -> oip_pb2.ModelMetadataResponse:
+        """A model's interface."""
+        return metadata_to_proto(await self._backend.metadata(request.name, request.version))
+
+    async def model_infer(self, message: oip_pb2.ModelInferRequest, context: Context) -> oip_pb2.ModelInferResponse:
+        """One answer to one request."""
+        async with self._admitted(message, context) as (request, deadline, watch):
+            with watch.infer():
+                response = await self._backend.infer(request, deadline)
+            watch.version = response.version
+            return _answer(request, response)
+
+    async def model_stream_infer(self, raws: AsyncIterator[bytes], context: Context) -> None:
+        """The answers of many requests, in the order of the requests; a request that fails says so in its place."""
+        waiting: asyncio.Queue[_Queue | None] = asyncio.Queue(STREAM_CONCURRENCY)
+
+        async def read(group: asyncio.TaskGroup) -> None:
+            async for raw in raws:
+                answers = _Queue(STREAM_ANSWERS)
+                await waiting.put(answers)
+                group.create_task(self._answer_streamed(raw, context, answers))
+            await waiting.put(None)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(read(group))
+            while (answers := await waiting.get()) is not None:
+                while (answer := await answers.get()) is not None:
+                    await context.write(answer.SerializeToString())
+
+    async def model_config(self, request: oip_pb2.ModelConfigRequest, _: Context) -> oip_pb2.ModelConfigResponse:
+        """The model's interface in the form of Triton's configuration."""
+        metadata = await self._backend.metadata(request.name, request.version)
+        return oip_pb2.ModelConfigResponse(config=config_to_proto(metadata))
+
+    async def model_statistics(
+        self, request: oip_pb2.ModelStatisticsRequest, _: Context
+    ) -> oip_pb2.ModelStatisticsResponse:
+        """What was counted of one model, or of all."""
+        if request.name:
+            metadata = await self._backend.metadata(request.name, request.version)
+            served = {(request.name, version) for version in metadata.versions}
+        else:
+            served = {(state.name, state.version) for state in await self._backend.models()}
+        wanted = [
+            (model, version)
+            for model, version in sorted(served | self._statistics.counted())
+            if request.name in {"", model} and request.version in {"", version}
+        ]
+        return oip_pb2.ModelStatisticsResponse(model_stats=[self._statistics.message(*key) for key in wanted])
+
+    async def repository_index(
+        self, request: oip_pb2.RepositoryIndexRequest, _: Context
+    ) -> oip_pb2.RepositoryIndexResponse:
+        """Every model and its state."""
+        self._allowed_control()
+        index = oip_pb2.RepositoryIndexResponse.ModelIndex
+        return oip_pb2.RepositoryIndexResponse(
+            models=[
+                index(
+                    name=state.name,
+                    version=state.version,
+                    state="READY" if state.ready else "UNAVAILABLE",
+                    reason=state.reason,
+                )
+                for state in await self._backend.models()
+                if state.ready or not request.ready
+            ]
+        )
+
+    async def repository_model_load(
+        self, request: oip_pb2.RepositoryModelLoadRequest, _: Context
+    ) -> oip_pb2.RepositoryModelLoadResponse:
+        """Load or reload a model from where it was configured."""
+        control = self._allowed_control()
+        if request.parameters:
+            names = ", ".join(sorted(request.parameters))
+            raise Unsupported(f"loading {request.model_name!r} with {names} is not supported here")
+        await control.load(request.model_name)
+        return oip_pb2.RepositoryModelLoadResponse()
+
+    async def repository_model_unload(
+        self, request: oip_pb2.RepositoryModelUnloadRequest, _: Context
+    ) -> oip_pb2.RepositoryModelUnloadResponse:
+        """Stop serving a model."""
+        await self._allowed_control().unload(request.model_name)
+        return oip_pb2.RepositoryModelUnloadResponse()
+
+    def _allowed_control(self) -> ModelControl:
+        if self._control is None:
+            raise Forbidden("this server does not let its callers manage models")
+        return self._control
+
+    @asynccontextmanager
+    async def _admitted(
+        self, message: oip_pb2.ModelInferRequest, context: Context
+    ) -> AsyncIterator[tuple[InferRequest, Deadline, Stopwatch]]:
+        if self.draining:
+            raise ModelNotReady("the server is shutting down", retry_after_s=RETRY_AFTER_S)
+        if self.inflight.count >= self._settings.max_inflight:
+            raise Overloaded(
+                f"{self._settings.max_inflight} requests are being worked on, which is the limit",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        with self.inflight:
+            request = request_from_proto(message)
+            deadline = self._deadline(request, context)
+            async with _until(deadline):
+                # Asked each time, because releases are swapped live. A backend that may swap between this answer and
+                # the inference checks again against what it runs.
+                metadata = await self._backend.metadata(request.model, request.version)
+                version = request.version or (metadata.versions[-1] if metadata.versions else "")
+                with self._statistics.request(request.model, version) as watch:
+                    check_request(request, metadata)
+                    yield request, deadline, watch
+
+    def _deadline(self, request: InferRequest, context: Context) -> Deadline:
+        remaining_s: float | None = context.time_remaining()
+        seconds = self._settings.default_timeout_s if remaining_s is None else remaining_s
+        timeout_us = request.parameters.get("timeout")  # reserved by the protocol
+        if isinstance(timeout_us, int) and timeout_us > 0:
+            seconds = min(seconds, timeout_us / 1e6)
+        return Deadline.after(seconds)
+
+    async def _answer_streamed(self, raw: bytes, context: Context, answers: _Queue) -> None:
+        identity = ""
+        try:
+            message = parse(oip_pb2.ModelInferRequest, raw)
+            identity = message.id
+            async with (
+                self._admitted(message, context) as (request, deadline, watch),
+                _closing(self._backend.stream(request, deadline)) as responses,
+            ):
+                while True:
+                    with watch.infer():
+                        response = await anext(responses, None)
+                    if response is None:
+                        break
+                    watch.version = response.version
+                    await answers.put(oip_pb2.ModelStreamInferResponse(infer_response=_answer(request, response)))
+        except Exception as unknown:  # noqa: BLE001 (one request's fault must not end the stream; `public` logs it)
+            await answers.put(
+                oip_pb2.ModelStreamInferResponse(
+                    error_message=details(public(unknown, "ModelStreamInfer")),
+                    infer_response=oip_pb2.ModelInferResponse(id=identity),
+                )
+            )
+        await answers.put(None)
+
+
+class Server:
+    """A gRPC server of one backend: OIP, health and reflection. An async context manager, or `start` and `stop`.
+
+    The backend stays its owner's to close. With a `control`, callers may load and unload models.
+    """
+
+    def __init__(
+        self, backend: Backend, settings: ServerSettings, *, control: ModelControl | None = None, name: str = "hedgerow"
+    ) -> None:
+        self._settings = settings
+        self._service = OipService(backend, settings, control, name)
+        self._server: grpc.aio.Server | None = None
+        self.port = 0
+        """The port that is listened on, once started."""
+
+    @property
+    def address(self) -> str:
+        """Where it listens: "host:port"."""
+        return _address(self._settings.host, self.port)
+
+    async def start(self) -> int:
+        """Listen; the bound port. Raises `ConfigError` if the address cannot be had."""
+        names = [SERVICE.full_name]
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", self._settings.max_message_bytes),
+                ("grpc.max_send_message_length", self._settings.max_message_bytes),
+                ("grpc.so_reuseport", 0),  # or a second server would take half of the calls unnoticed
+            ]
+        )
+        server.add_generic_rpc_handlers(
+            [
+                self._service.handler,
+                Health(self._service.ready, names).handler,
+                reflection_handler(names, [oip_pb2.DESCRIPTOR]),
+            ]
+        )
+        wanted = _address(self._settings.host, self._settings.port)
+        try:
+            self.port = server.add_insecure_port(wanted)
+        except RuntimeError as error:
+            raise ConfigError(f"server.host, server.port: cannot listen on {wanted}; is it taken?") from error
+        await server.start()
+        self._server = server
+        return self.port
+
+    async def stop(self) -> None:
+        """Say NOT_SERVING, refuse what is new, finish what is in flight within `drain_s`, then close. Idempotent."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        self._service.draining = True
+        drained = False
+        try:
+            drained = await self._service.inflight.idle(self._settings.drain_s)
+        finally:
+            await server.stop(FLUSH_S if drained else 0)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+
+def _answer(request: InferRequest, response: InferResponse) -> oip_pb2.ModelInferResponse:
+    """The answer under the name and id that the caller used, whatever those behind us call the model."""
+    return response_to_proto(replace(response, model=request.model, id=request.id))
+
+
+@asynccontextmanager
+async def _closing(responses: AsyncIterator[InferResponse]) -> AsyncIterator[AsyncIterator[InferResponse]]:
+    """Let a backend's generator finish now, not when it is collected, if nobody waits for the rest."""
+    try:
+        yield responses
+    finally:
+        if isinstance(responses, AsyncGenerator):
+            await responses.aclose()
+
+
+@asynccontextmanager
+async def _until(deadline: Deadline) -> AsyncIterator[None]:
+    deadline.check("the request could be started")
+    try:
+        async with asyncio.timeout(deadline.remaining) as scope:
+            yield
+    except TimeoutError as error:
+        if scope.expired():
+            raise DeadlineExceeded("the deadline passed while the request was being worked on") from error
+        raise
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

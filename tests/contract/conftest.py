@@ -1,0 +1,4 @@
+import pytest
+
+# Contracts are plain modules that the tests inherit from: their asserts shall explain themselves too.
+pytest.register_assert_rewrite("contract.oip")
