@@ -7,7 +7,41 @@ Pure: no IO, no clock. Invariants:
 - a guarantee binds only the exact student, teacher, engine and precision that it was measured on.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from hedgerow.tensors import InferResponse
+
+Probabilities = NDArray[np.float64]
+"""Shape (n, classes), rows summing to 1."""
+
+
+def max_probability(probabilities: Probabilities) -> NDArray[np.float64]:
+    """The largest class probability of each row (Hendrycks and Gimpel 2017)."""
+    return np.asarray(probabilities.max(axis=1))
+
+
+def margin(probabilities: Probabilities) -> NDArray[np.float64]:
+    """How far the most likely class of each row is ahead of the second."""
+    two = np.partition(probabilities, -2, axis=1)[:, -2:]
+    return np.asarray(two[:, 1] - two[:, 0])
+
+
+def entropy(probabilities: Probabilities) -> NDArray[np.float64]:
+    """One minus the entropy of each row as a share of the largest possible: 0 for uniform, 1 for certain."""
+    logs = np.log(probabilities, out=np.zeros_like(probabilities), where=probabilities > 0)
+    return np.asarray(1 + (probabilities * logs).sum(axis=1) / np.log(probabilities.shape[1]))
+
+
+SCORES: Mapping[str, Callable[[Probabilities], NDArray[np.float64]]] = {
+    "max_probability": max_probability,
+    "margin": margin,
+    "entropy": entropy,
+}
 
 
 class Gate(msgspec.Struct, frozen=True, kw_only=True):
@@ -17,6 +51,33 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True):
     output: str = "logits"
     threshold: float
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise ValueError(f"there is no score {self.score!r}; there are: {', '.join(SCORES)}")
+        if not self.temperature > 0:
+            raise ValueError(f"the temperature must be above 0, not {self.temperature}")
+
+    def scores(self, logits: NDArray[Any]) -> NDArray[np.float64]:
+        """The score of each row of `logits`, of shape (..., classes) or (classes,), in row-major order.
+
+        A row with a NaN or an infinity scores 0, and so do rows of fewer than two classes, which say nothing.
+        """
+        classes = logits.shape[-1] if logits.ndim else 0
+        if classes < 2:
+            return np.zeros(logits.size // max(classes, 1))
+        rows = logits.reshape(-1, classes).astype(np.float64)
+        finite = np.isfinite(rows).all(axis=1)
+        rows[~finite] = 0.0
+        rows /= self.temperature
+        rows -= rows.max(axis=1, keepdims=True)
+        exponentials = np.exp(rows)
+        probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+        return np.where(finite, np.clip(SCORES[self.score](probabilities), 0.0, 1.0), 0.0)
+
+    def passes(self, confidence: float) -> bool:
+        """Whether an answer of that confidence is good enough."""
+        return confidence >= self.threshold
 
 
 class Guarantee(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,3 +117,43 @@ class Guarantee(msgspec.Struct, frozen=True, kw_only=True):
     def score_name(self) -> str:
         """The score's name, for people."""
         return self.gate.score.replace("_", " ")
+
+
+def confidence(gate: Gate, response: InferResponse) -> float:
+    """How sure `response` is, in [0, 1]: the lowest score of its rows.
+
+    A batch in one request is one answer: it is returned or escalated whole, so it is as good as its worst row, and
+    the guarantee holds for every row that passes. No rows, or no such output, score 0: nothing was claimed that could
+    be trusted.
+    """
+    try:
+        scores = gate.scores(response.output(gate.output))
+    except KeyError:
+        return 0.0
+    return float(scores.min()) if scores.size else 0.0
+
+
+def covers(guarantee: Guarantee, gate: Gate) -> bool:
+    """Whether `guarantee` holds for answers that `gate` passes: its own gate, at its threshold or any larger one."""
+    own = guarantee.gate
+    same = (gate.score, gate.output, gate.temperature) == (own.score, own.output, own.temperature)
+    return same and gate.threshold >= own.threshold
+
+
+def mismatch(guarantee: Guarantee, student: Mapping[str, str], teacher: Mapping[str, str]) -> str:
+    """Why `guarantee` does not bind these two models, given their metadata's properties; empty if it does.
+
+    A teacher that does not say its digest is not held against it: a foreign server may have no way to.
+    """
+    facts = (
+        ("the student's digest", guarantee.student_sha256, student.get("sha256", "")),
+        ("the engine", guarantee.engine, student.get("engine", "")),
+        ("the precision", guarantee.precision, student.get("precision", "")),
+        ("the teacher's digest", guarantee.teacher_sha256, teacher.get("sha256") or guarantee.teacher_sha256),
+    )
+    for what, measured, found in facts:
+        if found != measured:
+            return (
+                f"the guarantee was measured on another model: {what} is {found[:12] or 'unknown'}, not {measured[:12]}"
+            )
+    return ""

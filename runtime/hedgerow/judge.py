@@ -1,0 +1,116 @@
+"""Who may judge the edge's answers: the gates of each model and version, held against the guarantees behind them.
+
+The rules are `hedgerow.gate`'s; this fetches the facts that they need (the metadata of student and teacher) and keeps
+what was found.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hedgerow.backend import Backend
+from hedgerow.errors import HedgerowError, InvalidRelease, ModelNotFound, ModelNotReady
+from hedgerow.gate import Gate, Guarantee, covers, mismatch
+from hedgerow.tensors import ModelMetadata
+
+TEACHER_TIMEOUT_S = 0.25
+"""How long a request may wait for the teacher's metadata, which a remote has at hand after the first time."""
+TEACHER_RETRY_S = 5.0
+"""Pause after a failed lookup, in which what was known last counts."""
+NO_RELEASE = "no release on the device"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The gate for one answer, or in words why there is none."""
+
+    gate: Gate | None
+    reason: str = ""
+    version: str = ""
+    """Whose answers it judges."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    gate: Gate | None
+    guarantee: Guarantee | None
+    student: ModelMetadata | None = None
+    said: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Teacher:
+    properties: Mapping[str, str] | None = None
+    retry_at: float = 0.0
+
+
+class Judges:
+    """The gates by model and version."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[str, str], _Entry] = {}
+        self._teachers: dict[tuple[str, str], _Teacher] = {}
+
+    def set(self, model: str, version: str, gate: Gate | None, guarantee: Guarantee | None) -> None:
+        """Let `gate`, or without one `guarantee`'s, judge a version; raises `InvalidRelease` if they do not fit."""
+        if guarantee is not None:
+            gate = gate or guarantee.gate
+            if not covers(guarantee, gate):
+                raise InvalidRelease(f"the gate of {model}/{version} is not one that its guarantee covers")
+        self._entries[model, version] = _Entry(gate, guarantee)
+
+    def drop(self, model: str, version: str) -> None:
+        """Forget the gate of a version."""
+        self._entries.pop((model, version), None)
+
+    async def find(self, model: str, version: str, edge: Backend, cloud: Backend | None, cloud_model: str) -> Verdict:
+        """The gate for an answer that `edge` gave or is about to give; an empty version is the one serving now."""
+        try:
+            if not version:
+                versions = (await edge.metadata(model)).versions
+                version = versions[-1] if versions else ""
+            entry = self._entries.get((model, version))
+            if entry is None or entry.gate is None:
+                return Verdict(None, f"no gate for {model}/{version}", version)
+            if entry.student is None:
+                entry.student = await edge.metadata(model, version)
+        except (ModelNotFound, ModelNotReady):
+            return Verdict(None, NO_RELEASE)
+        except HedgerowError as error:
+            return Verdict(None, str(error))
+        reason = ""
+        if all(spec.name != entry.gate.output for spec in entry.student.outputs):
+            reason = f"gate refused: it judges the output {entry.gate.output!r}, which {model}/{version} does not have"
+        elif entry.guarantee is not None:
+            teacher = {} if cloud is None else await self._teacher(entry, cloud, cloud_model)
+            if problem := mismatch(entry.guarantee, entry.student.properties, teacher):
+                reason = f"gate refused: {problem}"
+        if not reason:
+            return Verdict(entry.gate, version=version)
+        _say_once(entry, logging.ERROR, f"{model}/{version}: {reason}")
+        return Verdict(None, reason, version)
+
+    async def _teacher(self, entry: _Entry, cloud: Backend, cloud_model: str) -> Mapping[str, str]:
+        """What the cloud says of its model, as of late; nothing while it has never been heard."""
+        teacher = self._teachers.setdefault((cloud.name, cloud_model), _Teacher())
+        if cloud.snapshot(cloud_model).healthy and time.monotonic() >= teacher.retry_at:
+            try:
+                async with asyncio.timeout(TEACHER_TIMEOUT_S):
+                    teacher.properties = (await cloud.metadata(cloud_model)).properties
+                if not teacher.properties.get("sha256"):
+                    _say_once(
+                        entry, logging.WARNING, f"{cloud.name} does not say its model's digest: it is not checked"
+                    )
+            except (HedgerowError, TimeoutError):
+                teacher.retry_at = time.monotonic() + TEACHER_RETRY_S
+        return teacher.properties or {}
+
+
+def _say_once(entry: _Entry, level: int, text: str) -> None:
+    if text not in entry.said:
+        entry.said.add(text)
+        log.log(level, "%s", text)

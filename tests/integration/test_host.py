@@ -1,0 +1,281 @@
+"""A model host under load and under fire: swaps, queues, deadlines, bad input, nonsense answers. Real ONNX models."""
+
+import asyncio
+import hashlib
+import math
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from simulators import models
+
+from hedgerow import engines
+from hedgerow.backend import Deadline
+from hedgerow.errors import (
+    DeadlineExceeded,
+    EngineFault,
+    InvalidInput,
+    InvalidRelease,
+    ModelNotFound,
+    ModelNotReady,
+    Overloaded,
+)
+from hedgerow.host import HostSettings, ModelFile, ModelHost, Staged
+from hedgerow.tensors import InferRequest, InferResponse, tensor
+
+SLOW_S = 0.15
+"""At least what one run of the slow model takes."""
+
+
+@pytest.fixture(params=engines.available())
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+async def host() -> AsyncIterator[ModelHost]:
+    host = ModelHost(HostSettings(workers=1, queue_size=4))
+    yield host
+    await host.close()
+
+
+def file(path: Path, version: str = "1", engine: str = "onnxruntime") -> ModelFile:
+    return ModelFile("digits", version, path, engine=engine)
+
+
+async def label(host: ModelHost, digit: int, deadline: Deadline | None = None) -> int:
+    response = await host.infer(models.request(models.pixels(digit)), deadline or Deadline.after(10))
+    return int(response.output("logits").argmax())
+
+
+async def slow_model(host: ModelHost, folder: Path) -> None:
+    """Load a model that takes at least SLOW_S on this machine, however fast or busy that is."""
+    steps = 50
+    while True:
+        await host.load_file(file(models.slow(folder / f"slow{steps}.onnx", steps=steps)))
+        started = time.monotonic()
+        await label(host, 3)
+        await label(host, 3)
+        if (took := time.monotonic() - started) / 2 >= 1.5 * SLOW_S:
+            return
+        steps = math.ceil(steps * max(1.5, 3.4 * SLOW_S / took))
+
+
+async def test_answers_with_what_the_file_says(host: ModelHost, engine: str, tmp_path: Path) -> None:
+    path = models.classifier(tmp_path / "m.onnx", extra=True)
+    await host.load_file(replace(file(path, "7", engine), precision="fp32"))
+    assert await host.ready("digits")
+    assert not await host.ready("digits", "6")
+    properties = (await host.metadata("digits", "7")).properties
+    assert properties == {
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "engine": engine,
+        "precision": "fp32",
+    }
+    request = replace(models.request(models.pixels(3, 1)), id="a", outputs=("label",))
+    response = await host.infer(request, Deadline.never())
+    assert (response.model, response.version, response.id) == ("digits", "7", "a")
+    assert [output.name for output in response.outputs] == ["label"]
+    assert response.output("label").tolist() == [3, 1]
+
+
+async def test_a_swap_under_load_fails_no_request_and_closes_the_old_model(
+    host: ModelHost, engine: str, tmp_path: Path
+) -> None:
+    paths = [models.classifier(tmp_path / f"m{shift}.onnx", shift=shift) for shift in range(4)]
+    await host.load_file(file(paths[0], "0", engine))
+    stop, answered = asyncio.Event(), set()
+
+    async def caller(digit: int) -> None:
+        while not stop.is_set():
+            response = await host.infer(models.request(models.pixels(digit)), Deadline.after(10))
+            # Each answer is wholly of one version: that of the model which computed it.
+            assert response.output("logits").argmax() == (digit + int(response.version)) % 10
+            answered.add(response.version)
+
+    async with asyncio.TaskGroup() as group:
+        for digit in range(4):  # as many as fit into the queue
+            group.create_task(caller(digit))
+        for version, path in enumerate(paths[1:], 1):
+            old = host.serving("digits")
+            await host.load_file(file(path, str(version), engine))
+            assert old is not None
+            assert old.closed.is_set()
+            assert old.users == 0
+            assert await label(host, 0) == version
+        stop.set()
+    assert answered == {"0", "1", "2", "3"}
+
+
+async def test_requests_in_flight_and_queued_finish_on_the_old_model(host: ModelHost, tmp_path: Path) -> None:
+    await slow_model(host, tmp_path)
+    async with asyncio.TaskGroup() as group:
+        early = [group.create_task(host.infer(models.request(), Deadline.after(30))) for _ in range(3)]
+        await asyncio.sleep(0)
+        await host.load_file(file(models.classifier(tmp_path / "new.onnx", shift=1), "2"))
+        assert all(task.done() for task in early), "activate returns when the old one is drained"
+        assert await label(host, 3) == 4
+    assert {task.result().version for task in early} == {"1"}
+
+
+async def test_what_is_staged_answers_beside_what_serves_and_can_be_discarded(host: ModelHost, tmp_path: Path) -> None:
+    await host.load_file(file(models.classifier(tmp_path / "old.onnx"), "1"))
+    staged = await host.stage(file(models.classifier(tmp_path / "new.onnx", shift=1), "2"))
+    response = await staged.infer(models.request(models.pixels(3)), Deadline.after(10))
+    assert (response.version, int(response.output("logits").argmax())) == ("2", 4)
+    assert await label(host, 3) == 3
+    await host.discard(staged)
+    with pytest.raises(ModelNotReady):
+        await staged.infer(models.request(), Deadline.after(10))
+    assert await label(host, 3) == 3
+
+
+async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(host: ModelHost, tmp_path: Path) -> None:
+    await slow_model(host, tmp_path)
+    async with asyncio.TaskGroup() as group:
+        # One runs, one is handed over, four wait: the next is too many.
+        taken = [group.create_task(host.infer(models.request(), Deadline.after(60))) for _ in range(6)]
+        await asyncio.sleep(SLOW_S / 10)
+        started = time.monotonic()
+        with pytest.raises(Overloaded) as refused:
+            await host.infer(models.request(), Deadline.after(60))
+        assert time.monotonic() - started < SLOW_S / 2
+        assert refused.value.retry_after_s is not None
+        assert refused.value.retry_after_s >= SLOW_S
+        assert host.snapshot("digits").inflight == 6
+    assert all(task.result() for task in taken)
+    assert host.snapshot("digits").inflight == 0
+    assert await label(host, 3) == 3, "and there is room again"
+
+
+async def test_a_deadline_that_passes_while_queued_is_told_at_once_and_the_work_never_run(
+    host: ModelHost, tmp_path: Path
+) -> None:
+    await slow_model(host, tmp_path)
+    serving = host.serving("digits")
+    assert serving is not None
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(host.infer(models.request(), Deadline.after(60)))
+        await asyncio.sleep(0)
+        runs = serving.answers
+        for _ in range(2):  # the one that is handed over ahead, and one that waits
+            started = time.monotonic()
+            with pytest.raises(DeadlineExceeded):
+                await host.infer(models.request(), Deadline.after(SLOW_S / 10))
+            assert time.monotonic() - started < SLOW_S / 2
+        await running
+        assert await label(host, 3) == 3
+    assert serving.answers == runs + 2
+
+
+async def test_a_cancelled_request_leaves_the_queue_and_never_runs(
+    host: ModelHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await slow_model(host, tmp_path)
+    runs: list[str] = []
+    run = Staged._run
+
+    def counted(staged: Staged, request: InferRequest) -> InferResponse:
+        runs.append(request.model)
+        return run(staged, request)
+
+    monkeypatch.setattr(Staged, "_run", counted)
+    async with asyncio.TaskGroup() as group:
+        taken = [group.create_task(host.infer(models.request(), Deadline.after(60))) for _ in range(6)]
+        await asyncio.sleep(SLOW_S / 10)
+        for task in taken[1:]:
+            task.cancel()
+        await asyncio.sleep(0)
+        assert await label(host, 3) == 3
+    assert runs.count("digits") == 2, "the first and the last, none of those who left"
+    assert host.snapshot("digits").inflight == 0
+
+
+async def test_the_event_loop_stays_free_while_a_model_runs(host: ModelHost, tmp_path: Path) -> None:
+    await slow_model(host, tmp_path)
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(host.infer(models.request(), Deadline.after(60)))
+        ticks = 0
+        while not running.done():
+            await asyncio.sleep(SLOW_S / 20)
+            ticks += 1
+    assert ticks >= 5
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ((), "'pixels' is missing"),
+        ((tensor("pixels", np.zeros((1, 63), np.float32)),), r"'pixels'.*\[-1, ?64\].*\[1, ?63\]"),
+        ((tensor("pixels", np.zeros((1, 64), np.float64)),), "'pixels'.*FP32.*FP64"),
+        ((tensor("pixels", models.pixels(1)), tensor("more", models.pixels(1))), "'more'"),
+    ],
+)
+async def test_bad_input_reaches_no_engine_and_is_named(
+    host: ModelHost, tmp_path: Path, tensors: tuple[object, ...], words: str
+) -> None:
+    await host.load_file(file(models.classifier(tmp_path / "m.onnx")))
+    with pytest.raises(InvalidInput, match=words):
+        await host.infer(InferRequest(model="digits", inputs=tensors), Deadline.after(10))  # type: ignore[arg-type] # object() for brevity
+    serving = host.serving("digits")
+    assert serving is not None
+    assert (serving.answers, serving.faults) == (0, 0)
+
+
+async def test_nonsense_is_a_fault_unless_the_caller_brought_it(host: ModelHost, engine: str, tmp_path: Path) -> None:
+    await host.load_file(file(models.square_root(tmp_path / "m.onnx"), engine=engine))
+    with pytest.raises(EngineFault, match=r"'logits'.*not finite"):
+        await host.infer(models.request(models.pixels(3, strength=-1)), Deadline.after(10))
+    serving = host.serving("digits")
+    assert serving is not None
+    assert serving.faults == 1
+    theirs = await host.infer(models.request(models.pixels(3, strength=math.nan)), Deadline.after(10))
+    assert np.isnan(theirs.output("logits")).any()
+    assert await label(host, 3) == 3
+
+
+async def test_unknown_models_and_versions_and_unloaded_models_are_told_apart(host: ModelHost, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound):
+        await host.metadata("digits")
+    await host.load_file(file(models.classifier(tmp_path / "m.onnx")))
+    with pytest.raises(ModelNotFound, match="'2'"):
+        await host.infer(replace(models.request(), version="2"), Deadline.after(10))
+    await host.unload("digits")
+    assert not await host.ready("digits")
+    with pytest.raises(ModelNotReady):
+        await host.infer(models.request(), Deadline.after(10))
+    await host.load("digits")
+    assert await label(host, 3) == 3
+    with pytest.raises(ModelNotFound):
+        await host.load("other")
+
+
+async def test_a_file_that_cannot_serve_leaves_what_serves_alone(host: ModelHost, tmp_path: Path) -> None:
+    good = models.classifier(tmp_path / "good.onnx")
+    await host.load_file(file(good, "1"))
+    with pytest.raises(InvalidRelease, match="sha256"):
+        await host.load_file(replace(file(good, "2"), sha256="0" * 64))
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    with pytest.raises(EngineFault):
+        await host.load_file(file(tmp_path / "bad.onnx", "2"))
+    with pytest.raises(InvalidRelease, match="cannot be read") as missing:
+        await host.load_file(file(tmp_path / "missing.onnx", "2"))
+    assert str(tmp_path) not in str(missing.value)
+    assert (await host.metadata("digits")).versions == ("1",)
+    assert await label(host, 3) == 3
+
+
+async def test_closing_answers_what_is_in_flight_first(tmp_path: Path) -> None:
+    host = ModelHost(HostSettings(workers=1))
+    await slow_model(host, tmp_path)
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(host.infer(models.request(), Deadline.after(60)))
+        await asyncio.sleep(0)
+        await host.close()
+        assert running.done()
+    with pytest.raises(ModelNotReady):
+        await host.infer(models.request(), Deadline.after(10))
+    await host.close()
