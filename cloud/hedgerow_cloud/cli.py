@@ -267,7 +267,7 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave everything running.")] = False,
 ) -> None:
     """Tell the whole story on real handwritten digits."""
-    from hedgerow_cloud import demo as story
+    from hedgerow_cloud.demo import story
 
     raise typer.Exit(story.run(home=home, seed=seed, keep=keep))
 

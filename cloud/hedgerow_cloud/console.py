@@ -14,12 +14,20 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from hedgerow.config import variable
 
-PLAIN_INTERVAL_S = 2.0
+PLAIN_INTERVAL_S = 5.0
 """How often progress is said where it cannot be drawn."""
 
 Advance = Callable[[int, int], None]
@@ -85,14 +93,31 @@ def size(count: int) -> str:
 @contextmanager
 def progress(what: str, unit: str = "") -> Iterator[Advance]:
     """A progress bar on standard error, of bytes or of what `unit` counts; lines now and then where no bar can be."""
-    if not sys.stderr.isatty() or variable("NO_COLOR"):
+    if not _drawn():
         yield _plain_progress(what, unit)
         return
     counts = (MofNCompleteColumn(), TextColumn(unit)) if unit else (DownloadColumn(binary_units=True),)
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), *counts, console=Console(stderr=True))
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), *counts, console=Console(stderr=True), transient=True)
     with bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total or None)
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A sign of life and the time that has passed, on standard error, for work whose length is not known."""
+    if not _drawn():
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as spinner:
+        spinner.add_task(what, total=None)
+        yield
+
+
+def _drawn() -> bool:
+    """Whether progress can be drawn."""
+    return sys.stderr.isatty() and not variable("NO_COLOR")
 
 
 def _plain_progress(what: str, unit: str) -> Advance:

@@ -71,11 +71,12 @@ def stream(
     model: str,
     images: Sequence[NDArray[np.float32]] | NDArray[np.float32],
     privacy: Privacy,
-    progress: Progress,
+    progress: Progress | None = None,
 ) -> Traffic:
     """Send `images` one after the other, each when the answer to the one before is here."""
     traffic = Traffic()
     for image in images:
         traffic.ask(client, model, image, privacy)
-        progress(len(traffic), len(images))
+        if progress is not None:
+            progress(len(traffic), len(images))
     return traffic

@@ -1,0 +1,170 @@
+"""The device's daemon: ``hedgerow-edge --config FILE``. The composition root: who is made of what, and in which order.
+
+::
+
+    Server ── Router ─┬─ ModelHost ── engines                       answers requests
+                      └─ RemoteBackend ── the cloud
+    Link ─┬─ Exchange ─┬─ Trust, Transfer ── Updates ── Installer   brings releases to the host
+          │            └─ Uploader ── Collector                     brings samples to the fleet
+          └─ Presence                                               says how the device fares
+
+Serving depends on nothing else: it starts before the link is tried and ends after what was in flight. Whatever happens
+to the link, the disk or the clock is said once and leaves it alone.
+"""
+
+import argparse
+import asyncio
+import logging
+import secrets
+import sys
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from hedgerow import __version__, lifecycle, policies, profiles
+from hedgerow.backend import Backend
+from hedgerow.config import load
+from hedgerow.durable import write_durably
+from hedgerow.errors import ConfigError, HedgerowError
+from hedgerow.host import ModelFile, ModelHost
+from hedgerow.link import Link, Topics, checked_id
+from hedgerow.remote import RemoteBackend
+from hedgerow.router import Route, Router, RouteSettings
+from hedgerow.service import Server
+from hedgerow_edge.exchange import Exchange
+from hedgerow_edge.installer import Installer
+from hedgerow_edge.pointers import follow
+from hedgerow_edge.presence import Presence
+from hedgerow_edge.samples import Collector, Uploader
+from hedgerow_edge.settings import AgentSettings, StaticModel
+from hedgerow_edge.store import Store
+from hedgerow_edge.transfer import Transfer
+from hedgerow_edge.trust import Trust
+from hedgerow_edge.updates import Updates
+
+ADDRESS_FILE = "address"
+"""In the state folder: where the agent serves, host:port, for whoever let it choose a port."""
+
+_log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the daemon until SIGTERM; the process's exit code (2: a setting is wrong)."""
+    parser = argparse.ArgumentParser(prog="hedgerow-edge", description="Hedgerow's agent on an edge device.")
+    parser.add_argument("--config", type=Path, help="TOML file with the settings; HEDGEROW_… variables win over it")
+    parser.add_argument("--version", action="version", version=__version__)
+    file: Path | None = parser.parse_args(arguments).config
+    base = file.absolute().parent if file else Path.cwd()
+
+    async def run(stop: asyncio.Event) -> None:
+        await serve(load(AgentSettings, file), base, stop)
+
+    return lifecycle.run(run)
+
+
+async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> None:
+    """Be the device that `settings` describe until `stop` is set. Relative paths begin at `base`."""
+    async with AsyncExitStack() as stack:
+        roots = settings.roots(base) if settings.linked else None
+        store = Store(settings.state(base))
+        stack.callback(store.close)
+        device = checked_id(store.device_id(settings.device.id, f"edge-{secrets.token_hex(4)}"), "device")
+        profile = profiles.load(settings.device.profile) if settings.device.profile else profiles.detect()
+        _log.info("this is %s of fleet %s, profile %s", device, settings.device.fleet, profile.name)
+        host = ModelHost(settings.host)
+        stack.push_async_callback(host.close)
+        cloud: RemoteBackend | None = None
+        if settings.cloud.target:
+            cloud = await stack.enter_async_context(RemoteBackend("cloud", settings.cloud.target, settings.cloud))
+
+        router = Router({}, name="hedgerow-edge")
+        presence = Presence(store, Topics(settings.device.fleet), device, profile.name)
+
+        def admit(model: str) -> None:
+            router.add_route(_route(model, settings.routes.get(model), host, cloud))
+
+        installer = Installer(
+            store,
+            host,
+            router,
+            settings.updates,
+            profile=profile.name,
+            engines=profile.usable_engines(),
+            admit=admit,
+            on_change=presence.changed,
+        )
+        for model in {*settings.routes, *settings.models}:
+            admit(model)
+        for model, static in settings.models.items():
+            await _load(model, static, base, host, router)
+        await installer.recover()
+
+        server = Server(router, settings.server, name="hedgerow-edge")
+        await stack.enter_async_context(server)
+        _say_address(store.folder, server.address)
+        if roots is None:
+            await stop.wait()
+            return
+
+        link = Link(settings.link, f"hedgerow-{device}", will=presence.will)
+        exchange = Exchange(link, presence.topics, device, lambda: presence.session)
+        trust = Trust(store.folder / "trust", device, exchange, store, *roots)
+        transfer = Transfer(store.folder / "transfer", exchange)
+        updates = Updates(
+            installer, store, trust, transfer, settings.updates, reserved=settings.models, on_change=presence.changed
+        )
+        presence.attach(link, server.address, updates.report)
+        follow(link, presence.topics, device, updates.check)
+        collector = Collector(store, settings.samples)
+        router.observe(collector.observe)
+        uploader = Uploader(store, exchange, link, settings.samples, collector.kept)
+        async with asyncio.TaskGroup() as group:  # the link outlives what uses it, so that the goodbye is heard
+            connection = group.create_task(link.run(), name="link")
+            try:
+                await lifecycle.supervise(
+                    stop,
+                    updates=updates.run(link),
+                    presence=presence.run(),
+                    collector=collector.run(),
+                    uploader=uploader.run(),
+                )
+            finally:
+                await installer.stop()
+                await server.stop()
+                await presence.goodbye()
+                connection.cancel()
+
+
+def _route(model: str, settings: RouteSettings | None, host: Backend, cloud: Backend | None) -> Route:
+    settings = settings or RouteSettings()
+    try:
+        policy = policies.load(settings.policy)
+    except ConfigError as error:
+        raise ConfigError(f"routes.{model}.policy: {error}") from error
+    return Route(
+        model=model,
+        edge=host,
+        cloud=cloud,
+        cloud_model=settings.cloud_model,
+        policy=policy,
+        require_cloud=settings.require_cloud,
+    )
+
+
+async def _load(model: str, static: StaticModel, base: Path, host: ModelHost, router: Router) -> None:
+    """Serve a model file from the settings; one that cannot be served is an error in them."""
+    file = ModelFile(model, static.version, base / static.path, engine=static.engine, precision=static.precision)
+    try:
+        router.set_gate(model, static.version, static.gate, None)
+        await host.load_file(file)
+    except HedgerowError as error:
+        raise ConfigError(f"models.{model}: {error}") from error
+
+
+def _say_address(folder: Path, address: str) -> None:
+    try:
+        write_durably(folder / ADDRESS_FILE, f"{address}\n".encode())
+    except OSError as error:
+        _log.warning("the address cannot be written to the state folder: %s", error.strerror)
+    sys.stdout.write(f"serving OIP on {address}\n")
+    sys.stdout.flush()
