@@ -3,17 +3,20 @@
 import asyncio
 import os
 import time
+from asyncio import StreamReader, StreamWriter
+from collections.abc import AsyncIterator
 
 import pytest
 
 from hedgerow_cloud.linkshaper import LinkShaper, read_counts
 
 RTT_S = 0.04
+Address = tuple[str, int]
 
 
 @pytest.fixture
-async def echo():
-    async def answer(source, sink):
+async def echo() -> AsyncIterator[Address]:
+    async def answer(source: StreamReader, sink: StreamWriter) -> None:
         while block := await source.read(65536):
             sink.write(block)
             await sink.drain()
@@ -24,7 +27,7 @@ async def echo():
     server.close()
 
 
-async def test_bytes_arrive_whole_in_order_no_earlier_than_the_round_trip(echo):
+async def test_bytes_arrive_whole_in_order_no_earlier_than_the_round_trip(echo: Address) -> None:
     sent = os.urandom(3_000_000)
     async with LinkShaper(echo, rtt_s=RTT_S) as link:
         source, sink = await asyncio.open_connection("127.0.0.1", link.port)
@@ -43,7 +46,7 @@ async def test_bytes_arrive_whole_in_order_no_earlier_than_the_round_trip(echo):
         sink.close()
 
 
-async def test_a_target_that_is_gone_closes_the_connection():
+async def test_a_target_that_is_gone_closes_the_connection() -> None:
     gone = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
     address = gone.sockets[0].getsockname()
     gone.close()
@@ -53,7 +56,7 @@ async def test_a_target_that_is_gone_closes_the_connection():
         sink.close()
 
 
-async def test_the_end_of_a_stream_reaches_the_other_side(echo):
+async def test_the_end_of_a_stream_reaches_the_other_side(echo: Address) -> None:
     async with LinkShaper(echo, rtt_s=RTT_S) as link:
         source, sink = await asyncio.open_connection("127.0.0.1", link.port)
         sink.write(b"last words")

@@ -221,7 +221,7 @@ def _compare(scene: Scene, outcome: Outcome) -> Row:
 
 
 def _refuting(count: int, epsilon: float, delta: float) -> int:
-    """The fewest disagreements among `count` that refute a risk ≤ `epsilon`: so many have a chance of at most `delta`."""
+    """The fewest disagreements among `count` that refute a risk ≤ `epsilon`: so many have a chance ≤ `delta`."""
     return int(binom.isf(delta, count, epsilon)) + 1
 
 
