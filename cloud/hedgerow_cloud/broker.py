@@ -2,6 +2,9 @@
 
 It speaks MQTT 3.1.1 through JetStream, keeps retained messages over ``kill -9`` and comes as one executable in a wheel.
 Whoever has a broker of their own (Mosquitto, EMQX, AWS IoT) names that in the settings instead.
+
+Who subscribes in the first moments after its start may not be sent what is retained. Nothing of ours relies on that: a
+device asks for news at each connection, and the fleet says its pointers again.
 """
 
 import asyncio
