@@ -238,6 +238,8 @@ class Stack:
                     "link": broker,
                     "trust": {name: str(self.keys / f"{name.replace('_', '.')}.json") for name in ROOTS},
                     "cloud": {"target": self._cloud},
+                    # Known before there is a release: until then the large model answers.
+                    "routes": {model: {} for model in self.settings.teachers},
                     "samples": {"collect": "escalated"},
                 }
                 extra = self.settings.edge
