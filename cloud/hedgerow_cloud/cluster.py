@@ -1,0 +1,87 @@
+"""Ray on this machine: quiet, bounded, reachable from this machine only, and gone without a trace afterwards.
+
+A process that has already joined a Ray cluster of its own (``ray.init(address=...)``) keeps using that one.
+"""
+
+import contextlib
+import logging
+import signal
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, Final
+
+from hedgerow.config import exported
+from hedgerow.errors import HedgerowError, MissingExtra
+
+CPUS: Final = 2
+"""What Ray may hand out; a logical count, not a reservation."""
+OBJECT_STORE_BYTES: Final = 100 * 2**20
+
+_ENVIRONMENT: Final = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray binds its servers to every interface of the machine unless clusters are ruled out. The switch is named for the
+    # systems where that is the default; it is read when ray is first imported.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # How often Ray Train looks whether its workers are done: by default every two seconds, several times a run.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+_Handler = Callable[[int, FrameType | None], Any] | int | None
+
+
+@contextlib.contextmanager
+def local_ray() -> Iterator[None]:
+    """A Ray of our own for the length of a ``with``; raises `HedgerowError` if it does not start.
+
+    Enter it on a thread that outlives it: Linux ends Ray's processes with the thread that started them.
+    """
+    with exported(**_ENVIRONMENT):
+        try:
+            import ray
+        except ImportError as error:
+            raise MissingExtra("Ray is not installed; pip install 'hedgerow[cloud]' brings it") from error
+        if ray.is_initialized():
+            yield
+            return
+        # Ray prints what its processes come to on our stdout, even where their logs are not asked for.
+        ray._private.worker._worker_logs_enabled = False  # noqa: SLF001 (there is no public switch)
+        with _sigterm_kept() as ours, tempfile.TemporaryDirectory(prefix="hr-", ignore_cleanup_errors=True) as folder:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # notices about Ray's own defaults
+                    ray.init(
+                        address="local",
+                        num_cpus=CPUS,
+                        num_gpus=0,
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                        object_store_memory=OBJECT_STORE_BYTES,
+                        _temp_dir=folder,
+                    )
+            except (RuntimeError, ValueError, OSError) as error:
+                raise HedgerowError(f"Ray does not start on this machine: {error}") from error
+            try:
+                if callable(ours):
+                    signal.signal(signal.SIGTERM, ours)
+                yield
+            finally:
+                ray.shutdown()
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[_Handler]:
+    """The SIGTERM handler of before, put back at the end: Ray sets one of its own. None where none can be set."""
+    if threading.current_thread() is not threading.main_thread():
+        yield None
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield before
+    finally:
+        signal.signal(signal.SIGTERM, before)
