@@ -14,7 +14,7 @@ try:
 except ImportError:
     sys.exit("hedgerow: the command line needs typer and rich: pip install 'hedgerow[cli]'")
 
-from hedgerow.config import variable
+from hedgerow.config import BrokerSettings, variable
 from hedgerow.errors import BackendUnavailable, ConfigError, DeadlineExceeded, HedgerowError, InvalidInput, Unavailable
 
 if TYPE_CHECKING:
@@ -59,6 +59,9 @@ def up(
     teacher: Annotated[
         str, typer.Option(metavar="MODEL=FILE.onnx", help="A large model to serve, from now on.", show_default=False)
     ] = "",
+    broker: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="An MQTT broker to use instead of ours, from now on.")
+    ] = "",
 ) -> None:
     """Run broker, fleet service, large model and one device on this machine, until Ctrl-C."""
     from hedgerow_cloud import console
@@ -72,10 +75,14 @@ def up(
         if not model or not Path(file).is_file():
             raise InvalidInput(f"--teacher {teacher}: give MODEL=FILE.onnx, a file that is there")
         stack.teach(model, Path(file))
+    if broker:
+        host, port = _address(broker, "broker")
+        stack.meet_at(BrokerSettings(host=host, port=port))
     stack.remember()
     with stack:
         for name in stack.of_use:
-            stack.start(name)
+            with console.working(f"starting {name}"):
+                stack.start(name)
             console.note(f"{name:8} {stack.address(name):22} log: {stack.log(name)}")
         if not stack.settings.teachers:
             console.note(
@@ -331,10 +338,16 @@ def _target(option: str, what: str) -> str:
     if not named and (_home() / STACK).exists():
         return Stack(_home()).address("edge" if what == "server" else what)
     named = named or DEFAULTS[what]
-    host, _, port = named.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"{named!r} is no address; --{what} takes HOST:PORT")
+    _address(named, what)
     return named
+
+
+def _address(text: str, option: str) -> tuple[str, int]:
+    """Host and port in `text`."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"{text!r} is no address; --{option} takes HOST:PORT")
+    return host, int(port)
 
 
 def _home() -> Path:

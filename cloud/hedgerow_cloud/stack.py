@@ -27,7 +27,7 @@ from typing import Annotated, Any, Self
 
 import msgspec
 
-from hedgerow.config import Port, Settings, load, variable
+from hedgerow.config import BrokerSettings, Port, Settings, load, variable
 from hedgerow.durable import write_durably
 from hedgerow.errors import ConfigError, HedgerowError
 from hedgerow_cloud import probes
@@ -66,6 +66,8 @@ class StackSettings(Settings, frozen=True, kw_only=True):
     """Large models to serve: name to ONNX file. None: the device is on its own."""
     rtt_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """Round-trip time of the simulated link; 0: there is no such link."""
+    broker: BrokerSettings | None = None
+    """Where device and fleet meet; None: at the embedded broker."""
     edge: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
     """Sections of the device's settings that go on top of ours."""
 
@@ -126,7 +128,11 @@ class Stack:
     @property
     def of_use(self) -> list[str]:
         """The daemons that this home has a use for, in the order in which they start."""
-        idle = {"serve": not self.settings.teachers, "link": not (self.settings.teachers and self.settings.rtt_ms)}
+        idle = {
+            "broker": self.settings.broker is not None,
+            "serve": not self.settings.teachers,
+            "link": not (self.settings.teachers and self.settings.rtt_ms),
+        }
         return [name for name in ORDER if not idle.get(name)]
 
     def running(self) -> list[str]:
@@ -135,9 +141,11 @@ class Stack:
 
     def teach(self, model: str, teacher: Path) -> None:
         """Serve the ONNX file `teacher` as the large model behind `model`, from the next start of "serve" on."""
-        teachers = {**self.settings.teachers, model: str(teacher.absolute())}
-        self.settings = msgspec.structs.replace(self.settings, teachers=teachers)
-        _write(self.home / STACK, self.settings)
+        self._change(teachers={**self.settings.teachers, model: str(teacher.absolute())})
+
+    def meet_at(self, broker: BrokerSettings) -> None:
+        """Use `broker` instead of the embedded one, from the next start of the daemons on."""
+        self._change(broker=broker)
 
     def start(self, *names: str) -> None:
         """Start daemons, all `of_use` by default, and return when each is ready; one that runs is left alone.
@@ -177,6 +185,10 @@ class Stack:
                 time.sleep(WATCH_S)
             ended = next(name for name in watched if self.children[name].pid is None)
             raise HedgerowError(f"{ended} ended: {self.children[ended].tail()}")
+
+    def _change(self, **settings: object) -> None:
+        self.settings = msgspec.structs.replace(self.settings, **settings)
+        _write(self.home / STACK, self.settings)
 
     def _child(self, name: str) -> Child:
         try:
@@ -218,7 +230,7 @@ class Stack:
 
     def _settings_of(self, name: str) -> Mapping[str, Any]:
         ports, home = self.settings.ports, self.home
-        broker = {"host": HOST, "port": ports.broker}
+        broker = msgspec.to_builtins(self.settings.broker or BrokerSettings(host=HOST, port=ports.broker))
         match name:
             case "broker":
                 return {"home": str(home / "broker"), "port": ports.broker}
@@ -264,7 +276,7 @@ def _write(path: Path, settings: Settings | Mapping[str, Any]) -> None:
 def _toml(tree: Mapping[str, Any], section: str = "") -> Iterable[str]:
     """The lines of `tree` as TOML. JSON's strings, numbers, booleans and arrays are TOML's too."""
     for key, value in tree.items():
-        if not isinstance(value, Mapping):
+        if value is not None and not isinstance(value, Mapping):
             yield f"{json.dumps(key, ensure_ascii=False)} = {json.dumps(value, ensure_ascii=False)}"
     for key, value in tree.items():
         if isinstance(value, Mapping):

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy.stats import binom
-
 from hedgerow.policies import Privacy, Tier
 from hedgerow.proto import fleet_pb2, link_pb2
 from hedgerow_cloud import console
@@ -23,6 +21,7 @@ from hedgerow_cloud.demo.scene import DEVICE, Scene, say, say_indented
 from hedgerow_cloud.demo.traffic import Traffic, stream
 from hedgerow_cloud.fleet.client import FleetClient
 from hedgerow_cloud.learn import data
+from hedgerow_cloud.learn.certify import lower_bound
 from hedgerow_cloud.learn.pipeline import MODEL, Outcome, first_release, next_release
 from hedgerow_cloud.stack import Stack
 
@@ -211,18 +210,13 @@ def _compare(scene: Scene, outcome: Outcome) -> Row:
     guarantee, count, unlike = outcome.guarantee, len(labels), hedgerow.traffic.unlike(cloud.traffic)
     scene.claim(
         f"promised: {guarantee}; observed: {unlike} of {count} ({unlike / count:.2%})",
-        unlike < _refuting(count, guarantee.epsilon, guarantee.delta),
+        lower_bound(unlike, count, guarantee.delta) <= guarantee.epsilon,  # or the promise would be refuted
     )
     scene.claim(
         "every request was answered, none of Hedgerow's degraded",
         not any(row.traffic.failures for row in rows) and not any(hedgerow.traffic.degraded),
     )
     return hedgerow
-
-
-def _refuting(count: int, epsilon: float, delta: float) -> int:
-    """The fewest disagreements among `count` that refute a risk ≤ `epsilon`: so many have a chance ≤ `delta`."""
-    return int(binom.isf(delta, count, epsilon)) + 1
 
 
 def _survive_an_outage(scene: Scene) -> None:
