@@ -19,6 +19,8 @@ from hedgerow.errors import HedgerowError, MissingExtra
 CPUS: Final = 2
 """What Ray may hand out; a logical count, not a reservation."""
 OBJECT_STORE_BYTES: Final = 100 * 2**20
+MAX_TMPDIR_CHARS: Final = 24
+"""A socket's path has at most 103 bytes (macOS; 107 on Linux), and Ray adds about 77 to the folder."""
 
 _ENVIRONMENT: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -50,7 +52,7 @@ def local_ray() -> Iterator[None]:
             return
         # Ray prints what its processes come to on our stdout, even where their logs are not asked for.
         ray._private.worker._worker_logs_enabled = False  # noqa: SLF001 (there is no public switch)
-        with _sigterm_kept() as ours, tempfile.TemporaryDirectory(prefix="hr-", ignore_cleanup_errors=True) as folder:
+        with _sigterm_kept() as ours, _folder() as folder:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # notices about Ray's own defaults
@@ -72,6 +74,14 @@ def local_ray() -> Iterator[None]:
                 yield
             finally:
                 ray.shutdown()
+
+
+def _folder() -> "tempfile.TemporaryDirectory[str]":
+    """Where Ray keeps its logs and sockets. Sockets' paths are short by law: where TMPDIR is long, /tmp has to do."""
+    place = tempfile.gettempdir()
+    if len(place) > MAX_TMPDIR_CHARS:
+        place = "/tmp"  # noqa: S108 (what is made in it is only ours to enter)
+    return tempfile.TemporaryDirectory(prefix="hr-", dir=place, ignore_cleanup_errors=True)
 
 
 @contextlib.contextmanager

@@ -65,6 +65,14 @@ def wrong_rank(message: oip_pb2.ModelInferRequest) -> Words:
     return message.inputs[0].name, "expected", "got", str(list(message.inputs[0].shape))
 
 
+def wrong_dimension(message: oip_pb2.ModelInferRequest) -> Words:
+    """As many elements, in rows of half the length."""
+    shape = message.inputs[0].shape
+    assert shape[-1] % 2 == 0
+    shape[0], shape[-1] = 2 * shape[0], shape[-1] // 2
+    return message.inputs[0].name, "expected", "got", str(list(shape))
+
+
 def wrong_datatype(message: oip_pb2.ModelInferRequest) -> Words:
     first = message.inputs[0]
     was, first.datatype = first.datatype, "FP64"
@@ -172,9 +180,9 @@ BAD = [
     *(
         (spoil, grpc.StatusCode.INVALID_ARGUMENT)
         for spoil in (
-            wrong_rank, wrong_datatype, unheard_of_datatype, too_few_bytes, too_many_bytes, negative_dimension,
-            dimensions_that_overflow, raw_and_typed, one_raw_too_many, missing_input, extra_input, duplicate_input,
-            unknown_output, duplicate_output, valueless_parameter, no_model,
+            wrong_rank, wrong_dimension, wrong_datatype, unheard_of_datatype, too_few_bytes, too_many_bytes,
+            negative_dimension, dimensions_that_overflow, raw_and_typed, one_raw_too_many, missing_input, extra_input,
+            duplicate_input, unknown_output, duplicate_output, valueless_parameter, no_model,
         )
     ),
     (unknown_model, grpc.StatusCode.NOT_FOUND),

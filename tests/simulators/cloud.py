@@ -5,7 +5,7 @@ In the test's process as `Cloud`; or in a process of its own that can be killed 
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -37,6 +37,8 @@ class Cloud:
         self.asked = 0
         self.given_up = 0
         self.asking = asyncio.Event()
+        self.on_asked: Callable[[], object] = lambda: None
+        """Called with each request."""
         self._server: Server | None = None
 
     @property
@@ -66,6 +68,7 @@ class Cloud:
     async def _answer(self, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         self.asked += 1
         self.asking.set()
+        self.on_asked()
         try:
             await asyncio.sleep(self.delay_s)
         except asyncio.CancelledError:
@@ -78,10 +81,12 @@ class Cloud:
 
 
 @asynccontextmanager
-async def in_process_of_its_own(delay_s: float = 0.0) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """The process, and its target."""
+async def in_process_of_its_own(
+    delay_s: float = 0.0, *, port: int = 0
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """The process, and its target. It writes a line to its output for each request that it begins to work on."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, Path(__file__), "0", str(delay_s), stdout=asyncio.subprocess.PIPE
+        sys.executable, Path(__file__), str(port), str(delay_s), stdout=asyncio.subprocess.PIPE
     )
     try:
         assert process.stdout is not None
@@ -96,6 +101,7 @@ async def in_process_of_its_own(delay_s: float = 0.0) -> AsyncIterator[tuple[asy
 async def _serve(port: int, delay_s: float) -> None:
     async with Cloud(port=port) as cloud:
         cloud.delay_s = delay_s
+        cloud.on_asked = lambda: print("asked", flush=True)  # noqa: T201 (for the parent)
         print(cloud.target, flush=True)  # noqa: T201 (for the parent)
         await asyncio.Event().wait()
 

@@ -46,6 +46,30 @@ def classifier(path: Path, *, sure: float = 1.0, shift: int = 0, extra: bool = F
     return save(path, nodes, [pixels], outputs, w=weights)
 
 
+def heavy(path: Path, *, weights_bytes: int, shift: int = 0) -> Path:
+    """A `classifier` whose file has about `weights_bytes`: weights that are computed with, change no answer and cannot
+    be compressed."""
+    columns = weights_bytes // (4 * FEATURES)
+    w = np.zeros((FEATURES, CLASSES), np.float32)
+    w[np.arange(CLASSES), (np.arange(CLASSES) + shift) % CLASSES] = 1.0
+    nodes = [
+        helper.make_node("MatMul", ["pixels", "w"], ["z"]),
+        helper.make_node("MatMul", ["pixels", "ballast"], ["b"]),
+        helper.make_node("ReduceMax", ["b"], ["s"], axes=[1]),
+        helper.make_node("Mul", ["s", "zero"], ["s0"]),
+        helper.make_node("Add", ["z", "s0"], ["logits"]),
+    ]
+    return save(
+        path,
+        nodes,
+        [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["n", FEATURES])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", CLASSES])],
+        w=w,
+        ballast=np.random.default_rng(shift).random((FEATURES, columns), np.float32),
+        zero=np.array(0, np.float32),
+    )
+
+
 def square_root(path: Path) -> Path:
     """`logits` = sqrt(`pixels`[:, :10]): a negative pixel gives NaN."""
     weights = np.eye(FEATURES, CLASSES, dtype=np.float32)
