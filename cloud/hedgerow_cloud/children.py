@@ -4,6 +4,7 @@ A child holds a lock on its file in `run/` for as long as it lives, whoever star
 a daemon is never started twice, and an id that was given to another process is never signalled.
 """
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -101,10 +102,11 @@ class Child:
     def _signal(self, number: signal.Signals, timeout_s: float) -> bool:
         """Send a signal if it runs; whether it has ended within `timeout_s`."""
         pid = self.pid
-        if pid is not None and number is signal.SIGKILL:
-            os.killpg(pid, number)  # it leads a group of its own; what it started must not stay behind
-        elif pid is not None:
-            os.kill(pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it may end by itself just now
+            if pid is not None and number is signal.SIGKILL:
+                os.killpg(pid, number)  # it leads a group of its own; what it started must not stay behind
+            elif pid is not None:
+                os.kill(pid, number)
         deadline = time.monotonic() + timeout_s
         while self.pid is not None:
             if time.monotonic() > deadline:

@@ -18,8 +18,10 @@ from hedgerow.config import BrokerSettings, variable
 from hedgerow.errors import BackendUnavailable, ConfigError, DeadlineExceeded, HedgerowError, InvalidInput, Unavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hedgerow.client import Result
-    from hedgerow.proto import link_pb2
+    from hedgerow.proto import fleet_pb2, link_pb2
     from hedgerow.tensors import ModelMetadata
     from hedgerow_cloud.fleet.client import FleetClient
 
@@ -115,21 +117,22 @@ def devices(fleet: Fleet = "", json: Json = False) -> None:
         console.say_json(console.rows_of(found))
         return
     console.table(
-        ("device", "online", "profile", "runs", "assigned", "doing", "seen", "problem"),
+        ("device", "online", "runs", "assigned", "doing", "profile"),
         [
             (
                 device.id,
-                "yes" if device.online else "no",
-                device.profile,
-                ", ".join(f"{model.model}/{model.running}" for model in device.models if model.running) or "-",
-                ", ".join(f"{item.model}/{item.counter}" for item in device.assigned) or "-",
-                ", ".join(_doing(model) for model in device.models if model.target) or "-",
-                console.ago(device.last_seen_unix_ms),
-                device.trust or "; ".join(model.reason for model in device.models if model.reason) or "-",
+                "yes" if device.online else f"no, {console.ago(device.last_seen_unix_ms)}",
+                "\n".join(f"{model.model}/{model.running}" for model in device.models if model.running) or "-",
+                "\n".join(f"{item.model}/{item.counter}" for item in device.assigned) or "-",
+                "\n".join(_doing(model) for model in device.models if model.target) or "-",
+                device.profile or "-",
             )
             for device in found
         ],
     )
+    for device in found:
+        for problem in _problems(device):
+            print(console.printable(f"{device.id}: {problem}"))  # noqa: T201 (the result)
 
 
 @app.command()
@@ -200,10 +203,11 @@ def assign(
     from hedgerow_cloud import console
 
     with _fleet(fleet) as client:
+        before = {known.id: known.trust for known in client.devices()} if wait else {}
         given = list(client.assign(model, counter, device or []))
         if wait:
             for one in given:
-                _wait(client, one, model, counter, timeout_s)
+                _wait(client, one, model, counter, timeout_s, before.get(one, ""))
     if json:
         console.say_json({"model": model, "counter": counter, "devices": given})
     else:
@@ -320,7 +324,8 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print("hedgerow:", " ".join(message.split()), file=sys.stderr)  # noqa: T201 (standard error)
+    line = "".join(character if character.isprintable() else "?" for character in " ".join(message.split()))
+    print("hedgerow:", line, file=sys.stderr)  # noqa: T201 (standard error)
     sys.exit(code)
 
 
@@ -357,18 +362,33 @@ def _home() -> Path:
 
 
 def _doing(model: "link_pb2.ModelStatus") -> str:
-    share = f" {model.bytes_done / model.bytes_total:.0%}" if model.bytes_total else ""
+    share = f" {model.bytes_done / model.bytes_total:.0%}" if 0 < model.bytes_done < model.bytes_total else ""
     return f"{model.model}/{model.target} {model.phase}{share}"
 
 
-def _wait(client: "FleetClient", device: str, model: str, counter: int, timeout_s: float) -> None:
-    """Return when `device` runs the release; raises `HedgerowError` if it refuses it or takes too long."""
+def _problems(device: "fleet_pb2.Device") -> "Iterator[str]":
+    """What keeps a device from running what it is assigned, as it says itself."""
+    if device.trust:
+        yield f"no updates: {device.trust}"
+    for model in device.models:
+        if model.reason:
+            counter = model.target or model.failed
+            yield f"{model.model}/{counter}: {model.reason}" if counter else model.reason
+
+
+def _wait(client: "FleetClient", device: str, model: str, counter: int, timeout_s: float, distrust: str) -> None:
+    """Return when `device` runs the release; raises `HedgerowError` if it refuses it or takes too long.
+
+    `distrust` is why it refused updates before, if it did.
+    """
     from hedgerow_cloud import console
 
     last = None
     with console.progress(f"{device}: {model}/{counter}") as advance:
         try:
             for last in client.watch(device, timeout_s):
+                if last.trust not in {"", distrust}:
+                    raise HedgerowError(f"{device} does not run {model}/{counter}: {last.trust}")
                 for status in last.models:
                     if status.model == model and status.failed == counter:
                         raise HedgerowError(f"{device} does not run {model}/{counter}: {status.reason}")

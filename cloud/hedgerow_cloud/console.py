@@ -12,7 +12,6 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,6 +23,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from hedgerow.config import variable
 
@@ -36,6 +36,8 @@ Advance = Callable[[int, int], None]
 
 MAX_WIDTH = 240
 """Columns of a table that goes into a file or a pipe."""
+MAX_WHOLE = 24
+"""Characters of a cell that is never broken; a terminal that is too narrow wraps the columns of longer ones."""
 
 
 def say_json(value: object) -> None:
@@ -48,15 +50,21 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201 (standard error)
 
 
+def printable(text: str) -> str:
+    """`text` without what could steer a terminal: much of what is shown was said by devices."""
+    return "".join(character if character.isprintable() or character == "\n" else "?" for character in text)
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; numbers are set to the right."""
-    drawn = Table(box=SIMPLE_HEAD, pad_edge=False)
-    lines = [[str(cell) for cell in row] for row in rows]
+    """Print a table; numbers are set to the right. Columns are two spaces or more apart, which no cell has inside."""
+    drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    lines = [[printable(str(cell)) for cell in row] for row in rows]
     for index, column in enumerate(columns):
         numeric = bool(lines) and all(line[index].replace(".", "").isdigit() for line in lines)
-        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        whole = all(len(part) <= MAX_WHOLE for line in lines for part in line[index].split("\n"))
+        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=whole)
     for line in lines:
-        drawn.add_row(*line)
+        drawn.add_row(*map(Text, line))  # as it is: strings would be taken for rich's markup
     console = Console(no_color=bool(variable("NO_COLOR")) or None, width=None if sys.stdout.isatty() else MAX_WIDTH)
     with console.capture() as capture:
         console.print(drawn)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hedgerow import lifecycle
 from hedgerow.config import load
-from hedgerow.errors import HedgerowError, MissingExtra
+from hedgerow.errors import ConfigError, HedgerowError, MissingExtra
 from hedgerow.telemetry import configure_logging
 
 _log = logging.getLogger(__name__)
@@ -18,6 +18,7 @@ _log = logging.getLogger(__name__)
 
 async def fleet(config: Path, stop: asyncio.Event) -> None:
     """The fleet service: gRPC for operators, MQTT for devices."""
+    from hedgerow.durable import hold
     from hedgerow.link import Link, Topics
     from hedgerow_cloud.fleet.blobs import Blobs
     from hedgerow_cloud.fleet.distribute import Distributor
@@ -29,9 +30,14 @@ async def fleet(config: Path, stop: asyncio.Event) -> None:
     settings = load(FleetSettings, config)
     home = Path(settings.home)
     releases, director = open_repositories(home)
-    blobs = Blobs(home / "blobs")
-    store = Store(home / "fleet.db", sample_bytes=settings.sample_bytes, max_devices=settings.max_devices)
-    with contextlib.closing(store):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(hold(home / "lock"))
+        except BlockingIOError as error:
+            raise ConfigError(f"home: another fleet service uses {home}") from error
+        blobs = Blobs(home / "blobs")
+        store = Store(home / "fleet.db", sample_bytes=settings.sample_bytes, max_devices=settings.max_devices)
+        stack.enter_context(contextlib.closing(store))
         link = Link(settings.broker, f"hedgerow-fleet-{settings.fleet}")
         distributor = Distributor(link, Topics(settings.fleet), store, blobs, releases, director)
         service = FleetService(

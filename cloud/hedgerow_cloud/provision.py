@@ -25,6 +25,7 @@ def create(offline: Path, home: Path) -> None:
 
     Raises `ConfigError` if `home` belongs to other keys.
     """
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)  # keys, and samples of what people asked
     root, releases = keys.load_or_generate(offline, "root"), keys.load_or_generate(offline, "releases")
     online, directing = keys.load_or_generate(home / "keys", "online"), keys.load_or_generate(home / "keys", "director")
     if not _made(home / "release"):

@@ -174,7 +174,7 @@ class Stack:
 
     def remember(self) -> None:
         """Make this the home that the command line talks to when it is told nothing else."""
-        default_home().mkdir(parents=True, exist_ok=True)
+        default_home().mkdir(parents=True, exist_ok=True, mode=0o700)  # a later `up` may live there
         write_durably(default_home() / CURRENT, str(self.home).encode())
 
     def watch(self) -> None:

@@ -97,7 +97,7 @@ async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> Non
             admit(model)
         for model, static in settings.models.items():
             await _load(model, static, base, host, router)
-        await installer.recover()
+        await installer.recover(settings.models)
 
         server = Server(router, settings.server, name="hedgerow-edge")
         await stack.enter_async_context(server)

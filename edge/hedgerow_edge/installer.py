@@ -18,7 +18,7 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from hedgerow.config import Count, Seconds, Settings
@@ -43,6 +43,7 @@ from hedgerow_edge.install import (
     Prove,
     Proved,
     Rejected,
+    Rejection,
     Release,
     Stopped,
     Superseded,
@@ -111,6 +112,8 @@ class Installer:
         self._installs: dict[str, Install] = {}
         self._running: dict[str, Release] = {}
         self._transferred: dict[str, _Transferred] = {}
+        self._assigned_again: dict[str, Rejection | None] = {}
+        """By model: why what is assigned is not taken, if it was rejected before."""
 
     @property
     def fetching(self) -> bool:
@@ -121,9 +124,13 @@ class Installer:
         """What runs, what is under way and what went wrong, by model."""
         return [self._status_of(model, install) for model, install in sorted(self._installs.items())]
 
-    async def recover(self) -> None:
-        """Take up the journal where the last process left it and serve every active release that is whole."""
-        self._installs = await asyncio.to_thread(self._store.installs)
+    async def recover(self, reserved: Collection[str] = ()) -> None:
+        """Take up the journal where the last process left it and serve every active release that is whole.
+
+        The journal of `reserved` models, which the settings bring now, is left as it is.
+        """
+        installs = await asyncio.to_thread(self._store.installs)
+        self._installs = {model: install for model, install in installs.items() if model not in reserved}
         for model, install in tuple(self._installs.items()):
             if install.phase in LOADED:
                 _log.warning("%s: the last process ended in %s", _name(model, install.target), install.phase)
@@ -144,7 +151,10 @@ class Installer:
             await self._step(model, Superseded())
             install = self._installs[model]
         if install.target is None:
+            rejections = (entry for entry in install.rejected if entry.manifest == assigned.manifest_sha256)
+            self._assigned_again[model] = next(rejections, None)
             if not install.wants(assigned.counter, assigned.manifest_sha256):
+                self._on_change()
                 return True
             _log.info("%s is assigned to this device", assigned.name)
             self._admit(model)
@@ -295,6 +305,7 @@ class Installer:
             engine=variant.engine,
             sha256=held.manifest.file(variant.file).sha256,
             precision=variant.precision,
+            labels=held.manifest.labels,
         )
         return await self._host.stage(file)
 
@@ -341,7 +352,9 @@ class Installer:
             _log.warning("%s cannot be marked as confirmed: %s", _name(model, release), error)
 
     def _status_of(self, model: str, install: Install) -> ModelStatus:
-        running, target, rejected = self._running.get(model), install.target, install.rejected
+        running, target = self._running.get(model), install.target
+        again = self._assigned_again.get(model)
+        rejected = again or (install.rejected[-1] if install.rejected else None)
         moved = self._transferred.get(model, _Transferred())
         return ModelStatus(
             model=model,
@@ -349,10 +362,10 @@ class Installer:
             running_manifest=running.manifest if running else "",
             target=target.counter if target else 0,
             phase=install.phase,
-            reason=install.reason,
+            reason=again.reason if again else install.reason,
             bytes_done=moved.done if target else 0,
             bytes_total=moved.total if target else 0,
-            failed=rejected[-1].counter if rejected else 0,
+            failed=rejected.counter if rejected else 0,
         )
 
 

@@ -18,7 +18,10 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
+
+from google.protobuf.message import DecodeError
 
 from hedgerow.config import Count, Seconds, Settings
 from hedgerow.errors import HedgerowError, InvalidInput, LinkError
@@ -171,7 +174,12 @@ class Uploader:
         if not batch:
             return False
         model = batch[0].model
-        upload = SampleUpload(model=model, samples=[Sample.FromString(sample.content) for sample in batch])
+        samples = [sample for sample in map(_read, batch) if sample is not None]
+        if broken := {sample.digest for sample in batch} - {sample.digest for sample in samples}:
+            _log.warning("%d waiting samples of %s are damaged on the disk and deleted", len(broken), model)
+            await asyncio.to_thread(self._store.forget_samples, model, broken, remember=self._settings.remember_sent)
+            return True
+        upload = SampleUpload(model=model, samples=samples)
         try:
             response = await self._exchange.ask(Request(samples=upload), timeout_s=UPLOAD_TIMEOUT_S)
             arrived = {sample.digest for sample in batch} & set(response.receipt.digests)
@@ -189,15 +197,16 @@ class Uploader:
 
 
 def to_sample(observation: Observation, unix_ms: int) -> Sample:
-    """The sample that `observation` makes. Parameters stay here: they may say more than the answer needs."""
+    """The sample that `observation` makes. Ids and parameters stay here: they may say more than the answer needs."""
     request = request_to_proto(observation.request)
     request.parameters.clear()
     request.id = ""
+    edge, cloud = (replace(answer, id="", parameters={}) for answer in (observation.edge, observation.cloud))
     return Sample(
         digest=input_digest(request),
         request=request.SerializeToString(),
-        edge_response=response_to_proto(observation.edge).SerializeToString(),
-        cloud_response=response_to_proto(observation.cloud).SerializeToString(),
+        edge_response=response_to_proto(edge).SerializeToString(),
+        cloud_response=response_to_proto(cloud).SerializeToString(),
         confidence=observation.confidence,
         release=f"{observation.edge.model}/{observation.edge.version}",
         unix_ms=unix_ms,
@@ -214,6 +223,15 @@ def input_digest(request: ModelInferRequest) -> str:
         whole.update(head.encode())
         whole.update(content)
     return whole.hexdigest()
+
+
+def _read(waiting: Outboxed) -> Sample | None:
+    """The sample that waits; None if it is not what was written."""
+    try:
+        sample = Sample.FromString(waiting.content)
+    except DecodeError:
+        return None
+    return sample if sample.digest == waiting.digest else None
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

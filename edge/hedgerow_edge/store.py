@@ -14,18 +14,17 @@ Calls block on the disk; coroutines use them through `asyncio.to_thread`.
 """
 
 import contextlib
-import fcntl
 import logging
 import sqlite3
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
-from hedgerow.durable import write_durably
+from hedgerow.durable import hold, write_durably
 from hedgerow.errors import ConfigError
 from hedgerow_edge.install import Install
 from hedgerow_edge.slots import Slots
@@ -79,8 +78,10 @@ class Store:
         """Why the state had to be begun anew; empty if it was not."""
         self._lock = threading.Lock()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._held = _hold(folder / "lock")
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # samples are nobody else's business
+            self._held = hold(folder / "lock")
+        except BlockingIOError as error:
+            raise ConfigError(f"device.state: another agent uses {folder}") from error
         except OSError as error:
             raise ConfigError(f"device.state: the state folder {folder} cannot be used: {error}") from error
         try:
@@ -120,13 +121,15 @@ class Store:
 
         A store that begins anew starts from the clock, so that its sessions are still newer than those it forgot.
         """
-        session = max(self._session, self.counter("session")) + 1
-        self._session = session = session if session > 1 else max(1, int(time.time()))
+        last = self._session
+        with contextlib.suppress(sqlite3.Error):  # what fails here fails below too, and is said there
+            last = max(last, self.counter("session"))
+        self._session = last + 1 if last else max(1, int(time.time()))
         try:
-            self.set_counters({"session": session})
-        except sqlite3.Error as error:  # a full disk must not cost the link
+            self.set_counters({"session": self._session})
+        except sqlite3.Error as error:  # a full, failing or locked disk must not cost the link
             _log.warning("the session number cannot be kept: %s", error)
-        return session
+        return self._session
 
     def counter(self, name: str) -> int:
         """A number kept by `set_counters`; 0 if it was not."""
@@ -275,17 +278,6 @@ def _raise_floor(database: sqlite3.Connection, versions: Mapping[str, int]) -> N
         "insert into floors values (?, ?) on conflict (name) do update set version = max(version, excluded.version)",
         versions.items(),
     )
-
-
-def _hold(file: Path) -> BinaryIO:
-    """Lock the folder for this process; the system lets go of it however the process ends."""
-    stream = file.open("wb")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        stream.close()
-        raise ConfigError(f"device.state: another agent uses {file.parent}") from error
-    return stream
 
 
 def _open(file: Path) -> sqlite3.Connection:

@@ -26,7 +26,6 @@ from hedgerow_edge.trust import Assigned
 
 WINDOW_CHUNKS = 16
 """Chunks asked for at once; halved at each silence, doubled back at each window that came whole."""
-MAX_CHUNK_BYTES = 60 * 2**10
 CHUNK_TIMEOUT_S = 5.0
 """Silence after which a window is asked for again."""
 STALL_LIMIT_S = 120.0
@@ -101,8 +100,6 @@ class Transfer:
         Raises `TransferFailed` if it cannot be had intact or the disk is full, and `LinkError` when nothing came for
         too long. After a `LinkError`, a cancellation or a kill the next call goes on from what is here.
         """
-        if file.chunk_bytes > MAX_CHUNK_BYTES:
-            raise TransferFailed(f"{file.path} comes in chunks of {file.chunk_bytes} bytes; over {MAX_CHUNK_BYTES}")
         with _disk(file.path):
             if await asyncio.to_thread(_is_right, into, file.sha256):
                 return
@@ -110,6 +107,7 @@ class Transfer:
             path = self._folder / f"{file.sha256}.part"
             part = await asyncio.to_thread(_Part, path, file, progress)
             try:
+                part.tell()
                 await self._pull(file.path, file.sha256, file.bytes, file.chunk_bytes, part)
                 await asyncio.to_thread(part.sync)
             finally:
@@ -215,9 +213,14 @@ class _Part:
         self._wrong: Counter[int] = Counter()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
+            before = os.fstat(self._fd).st_size
             os.truncate(self._fd, file.bytes)
             if file.bytes:
-                os.posix_fallocate(self._fd, 0, file.bytes)
+                try:
+                    os.posix_fallocate(self._fd, 0, file.bytes)
+                except OSError:
+                    os.truncate(self._fd, min(before, file.bytes))  # what could be had must not keep the disk full
+                    raise
             sync_folder(path.parent)
             self.missing = set(self._look())
         except BaseException:
@@ -227,8 +230,6 @@ class _Part:
         self._synced = self._done
         if self._done:
             _log.info("%s: %d of %d bytes are here already", file.path, self._done, file.bytes)
-        if progress is not None:
-            progress(self._done, file.bytes)
 
     def keep(self, index: int, content: bytes) -> bool:
         expected, found = self._file.chunks[index], hashlib.sha256(content).hexdigest()
@@ -241,9 +242,13 @@ class _Part:
             return False
         os.pwrite(self._fd, content, index * self._file.chunk_bytes)
         self._done += len(content)
+        self.tell()
+        return True
+
+    def tell(self) -> None:
+        """Say how far it is; belongs to the event loop, as whoever listens does."""
         if self._progress is not None:
             self._progress(self._done, self._file.bytes)
-        return True
 
     def after_window(self) -> None:
         if self._done - self._synced >= FLUSH_BYTES:

@@ -32,6 +32,7 @@ from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from hedgerow.durable import sync_folder
 from hedgerow.errors import LinkError, TransferFailed, UntrustedRelease
+from hedgerow.link import MAX_METADATA_BYTES
 
 FETCH_TIMEOUT_S = 90.0
 """Backstop for one metadata file; the source has its own, shorter, time-outs."""
@@ -40,7 +41,7 @@ LIMITS = UpdaterConfig(
     root_max_length=64 * 2**10,
     timestamp_max_length=16 * 2**10,
     snapshot_max_length=64 * 2**10,
-    targets_max_length=120 * 2**10,
+    targets_max_length=MAX_METADATA_BYTES,
 )
 """Sizes in bytes; a metadata file travels in one message."""
 
@@ -161,7 +162,8 @@ class Trust:
             raise UntrustedRelease(f"the release repository signs {name} as something else")
         if counter < (confirmed := self._floor.floor(model)):
             raise UntrustedRelease(
-                f"the director assigns {name}, this device has already confirmed {model}/{confirmed}: rolled back"
+                f"the director assigns {name}, this device has already confirmed {model}/{confirmed}: rolled back; "
+                f"what is to run again needs a new release with a higher counter"
             )
         return Assigned(model, counter, sha256, valid.length)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from hedgerow.errors import HedgerowError, UntrustedRelease
 from hedgerow.link import Link
-from hedgerow.proto.link_pb2 import Status
+from hedgerow.proto.link_pb2 import ModelStatus, Status
 from hedgerow_edge.installer import Installer, UpdateSettings
 from hedgerow_edge.store import Store
 from hedgerow_edge.transfer import Transfer
@@ -47,7 +47,8 @@ class Updates:
         self._news = asyncio.Event()
         self._last_fault = ""
         self._trust_problem = ""
-        self._left_alone: set[str] = set()
+        self._left_alone: dict[str, str] = {}
+        """By model: why what is assigned is not taken."""
         transfer.bytes_fetched = store.counter(FETCHED_BYTES)
         transfer.bytes_refetched = store.counter(REFETCHED_BYTES)
 
@@ -58,6 +59,7 @@ class Updates:
     def report(self, status: Status) -> None:
         """Fill in what runs, what is under way and what went wrong."""
         status.models.extend(self._installer.status())
+        status.models.extend(ModelStatus(model=model, reason=why) for model, why in sorted(self._left_alone.items()))
         status.trust = self._trust_problem
         status.bytes_fetched = self._transfer.bytes_fetched
         status.bytes_refetched = self._transfer.bytes_refetched
@@ -113,10 +115,18 @@ class Updates:
                 _log.info("updates are trusted again")
             self._trust_problem = problem
             self._on_change()
-        for one in assigned:
-            if one.model in self._reserved and one.model not in self._left_alone:
-                self._left_alone.add(one.model)
-                _log.warning("%s is assigned, but this device's settings bring a %s of its own", one.name, one.model)
+        if problem:
+            return ()
+        left_alone = {
+            one.model: f"{one.name} is assigned, but this device's settings bring a {one.model} of its own"
+            for one in assigned
+            if one.model in self._reserved
+        }
+        if left_alone != self._left_alone:
+            for why in left_alone.values():
+                _log.warning("%s", why)
+            self._left_alone = left_alone
+            self._on_change()
         return [one for one in assigned if one.model not in self._reserved]
 
     def _say_fault(self, fault: str) -> None:

@@ -26,7 +26,7 @@ from hedgerow.backend import Deadline
 from hedgerow.errors import InvalidInput, ModelNotFound, Unavailable
 from hedgerow.proto import oip_pb2
 from hedgerow.router import CONFIDENCE, DEGRADED, REASON, RELEASE, TIER
-from hedgerow.rpc import received
+from hedgerow.rpc import received, whole
 from hedgerow.tensors import (
     InferRequest,
     ModelMetadata,
@@ -264,7 +264,7 @@ class AsyncClient(_Plans):
                 return cast("R", end.value)
             try:
                 answer = await self._channel.unary_unary(*_method(call))(call.request, timeout=deadline.remaining)
-                step = partial(plan.send, answer)
+                step = partial(plan.send, whole(answer, "the server"))
             except grpc.RpcError as error:
                 step = partial(plan.throw, received(error))
 

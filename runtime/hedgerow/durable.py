@@ -1,7 +1,9 @@
-"""Files that survive a power cut. Everything here blocks on the disk."""
+"""Files that survive a power cut, and folders that one process holds. Everything here blocks on the disk."""
 
+import fcntl
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_durably(path: Path, content: bytes, mode: int = 0o644) -> None:
@@ -23,3 +25,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hold(file: Path) -> BinaryIO:
+    """Lock `file` for this process until it is closed; raises `BlockingIOError` if another process has it.
+
+    The system lets go of it however the process ends.
+    """
+    stream = file.open("wb")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        stream.close()
+        raise
+    return stream

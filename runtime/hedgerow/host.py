@@ -63,6 +63,8 @@ class ModelFile:
     engine: str = "onnxruntime"
     sha256: str = ""
     precision: str = ""
+    labels: tuple[str, ...] = ()
+    """Names of the classes; none may have a comma in it."""
 
 
 class Staged:
@@ -206,7 +208,12 @@ class ModelHost:
 
     def close_session(self, session: engines.Session, closed: asyncio.Event) -> None:
         """Free `session` off the event loop, and set `closed` when that is done."""
-        future = asyncio.get_running_loop().run_in_executor(self._loader, session.close)
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._loader, session.close)
+        except RuntimeError:  # it was still in use when the host was closed, and the loader is gone
+            session.close()
+            closed.set()
+            return
         future.add_done_callback(lambda _: closed.set())
 
     async def models(self) -> Sequence[ModelState]:
@@ -224,7 +231,10 @@ class ModelHost:
         return staged is not None and version in {"", staged.file.version}
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
-        """See `Backend`. `properties` say the file's `sha256`, its `engine` and, where known, its `precision`."""
+        """See `Backend`. `properties` say the file's `sha256`, its `engine` and, where known, `precision` and `labels`.
+
+        The labels are joined by commas.
+        """
         return self._find(model, version).metadata
 
     async def infer(self, request: InferRequest, deadline: Deadline) -> InferResponse:
@@ -271,11 +281,14 @@ class ModelHost:
             raise ModelNotFound(f"there is no version {version!r} of {model} here; {staged.file.version} is serving")
         if model in self._files:
             raise ModelNotReady(f"model {model} is not loaded")
-        raise ModelNotFound(f"there is no model {model!r} here")
+        wanted = f"version {version!r} of {model!r}" if version else f"model {model!r}"
+        raise ModelNotFound(f"there is no {wanted} here")
 
     def _open(self, file: ModelFile) -> tuple[engines.Session, ModelMetadata]:
         """On the loader's thread: open, check and warm `file`."""
         engine = engines.load(file.engine)
+        if comma := next((label for label in file.labels if "," in label), ""):
+            raise InvalidRelease(f"the label {comma!r} of {file.model} has a comma in it, which separates labels")
         digest = _sha256(file)
         if file.sha256 and file.sha256 != digest:
             raise InvalidRelease(f"{file.path.name} has sha256 {digest[:12]}…, not {file.sha256[:12]}…")
@@ -290,6 +303,8 @@ class ModelHost:
         properties = {"sha256": digest, "engine": file.engine}
         if file.precision:
             properties["precision"] = file.precision
+        if file.labels:
+            properties["labels"] = ",".join(file.labels)
         metadata = ModelMetadata(
             file.model, (file.version,), engine.PLATFORM, session.inputs, session.outputs, properties
         )

@@ -10,15 +10,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hedgerow.backend import Backend
+from hedgerow.backend import Backend, Deadline
 from hedgerow.errors import HedgerowError, InvalidRelease, ModelNotFound, ModelNotReady
 from hedgerow.gate import Gate, Guarantee, covers, mismatch
-from hedgerow.tensors import ModelMetadata
 
 TEACHER_TIMEOUT_S = 0.25
 """How long a request may wait for the teacher's metadata, which a remote has at hand after the first time."""
+TEACHER_SHARE = 0.25
+"""The most of what is left of its deadline that the request waits for it: the edge must still have time to answer."""
 TEACHER_RETRY_S = 5.0
 """Pause after a failed lookup, in which what was known last counts."""
+UNSCORED = frozenset({"BYTES", "BF16"})
+"""Datatypes whose arrays hold no numbers: text, and bits that numpy takes for integers."""
 NO_RELEASE = "no release on the device"
 
 log = logging.getLogger(__name__)
@@ -38,7 +41,6 @@ class Verdict:
 class _Entry:
     gate: Gate | None
     guarantee: Guarantee | None
-    student: ModelMetadata | None = None
     said: set[str] = field(default_factory=set)
 
 
@@ -67,46 +69,53 @@ class Judges:
         """Forget the gate of a version."""
         self._entries.pop((model, version), None)
 
-    async def find(self, model: str, version: str, edge: Backend, cloud: Backend | None, cloud_model: str) -> Verdict:
-        """The gate for an answer that `edge` gave or is about to give; an empty version is the one serving now."""
+    async def find(
+        self, model: str, version: str, edge: Backend, cloud: Backend | None, cloud_model: str, deadline: Deadline
+    ) -> Verdict:
+        """The gate for an answer that `edge` gave or is about to give; an empty version is the one serving now.
+
+        The student is looked at each time: its file may be replaced under the same version.
+        """
         try:
-            if not version:
-                versions = (await edge.metadata(model)).versions
-                version = versions[-1] if versions else ""
+            student = await edge.metadata(model, version)
+            version = version or (student.versions[-1] if student.versions else "")
             entry = self._entries.get((model, version))
             if entry is None or entry.gate is None:
                 return Verdict(None, f"no gate for {model}/{version}", version)
-            if entry.student is None:
-                entry.student = await edge.metadata(model, version)
         except (ModelNotFound, ModelNotReady):
             return Verdict(None, NO_RELEASE)
         except HedgerowError as error:
             return Verdict(None, str(error))
         reason = ""
-        if all(spec.name != entry.gate.output for spec in entry.student.outputs):
+        datatype = next((spec.datatype for spec in student.outputs if spec.name == entry.gate.output), None)
+        if datatype is None:
             reason = f"gate refused: it judges the output {entry.gate.output!r}, which {model}/{version} does not have"
+        elif datatype in UNSCORED:
+            reason = f"gate refused: it judges the output {entry.gate.output!r}, which is {datatype} and has no scores"
         elif entry.guarantee is not None:
-            teacher = {} if cloud is None else await self._teacher(entry, cloud, cloud_model)
-            if problem := mismatch(entry.guarantee, entry.student.properties, teacher):
+            teacher = {} if cloud is None else await self._teacher(entry, cloud, cloud_model, deadline)
+            if problem := mismatch(entry.guarantee, student.properties, teacher):
                 reason = f"gate refused: {problem}"
         if not reason:
             return Verdict(entry.gate, version=version)
         _say_once(entry, logging.ERROR, f"{model}/{version}: {reason}")
         return Verdict(None, reason, version)
 
-    async def _teacher(self, entry: _Entry, cloud: Backend, cloud_model: str) -> Mapping[str, str]:
+    async def _teacher(self, entry: _Entry, cloud: Backend, cloud_model: str, deadline: Deadline) -> Mapping[str, str]:
         """What the cloud says of its model, as of late; nothing while it has never been heard."""
         teacher = self._teachers.setdefault((cloud.name, cloud_model), _Teacher())
         if cloud.snapshot(cloud_model).healthy and time.monotonic() >= teacher.retry_at:
+            wait_s = min(TEACHER_TIMEOUT_S, TEACHER_SHARE * deadline.remaining)
             try:
-                async with asyncio.timeout(TEACHER_TIMEOUT_S):
+                async with asyncio.timeout(wait_s):
                     teacher.properties = (await cloud.metadata(cloud_model)).properties
                 if not teacher.properties.get("sha256"):
                     _say_once(
                         entry, logging.WARNING, f"{cloud.name} does not say its model's digest: it is not checked"
                     )
             except (HedgerowError, TimeoutError):
-                teacher.retry_at = time.monotonic() + TEACHER_RETRY_S
+                if wait_s == TEACHER_TIMEOUT_S:  # who is in a hurry must not have the others go without
+                    teacher.retry_at = time.monotonic() + TEACHER_RETRY_S
         return teacher.properties or {}
 
 

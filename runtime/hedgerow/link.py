@@ -26,7 +26,10 @@ from hedgerow.config import BrokerSettings
 from hedgerow.errors import ConfigError, LinkError
 
 MAX_PAYLOAD_BYTES = 120 * 2**10
-"""Largest message: AWS IoT takes 128 KB. Senders stay at 60 KiB where they can; some brokers take no more."""
+"""Largest message: AWS IoT takes 128 KB. Senders stay at 60 KiB where they can; some brokers take no more. What comes
+and is longer is dropped."""
+MAX_METADATA_BYTES = MAX_PAYLOAD_BYTES - 2**10
+"""Largest TUF metadata file: it travels in one message, in an envelope."""
 CONNECT_TIMEOUT_S = 10.0
 """From opening the socket until every subscription is confirmed."""
 PUBLISH_TIMEOUT_S = 10.0
@@ -113,7 +116,8 @@ class Link:
     """An MQTT session over any number of connections.
 
     `run` does the work until it is cancelled. `will` is called before each connection, so that a will can carry that
-    connection's session counter. Everything but `run`'s inside belongs to one event loop.
+    connection's session counter; in a worker thread, since it may have to write that down. Everything else belongs to
+    one event loop.
     """
 
     def __init__(
@@ -210,14 +214,18 @@ class Link:
 
     @contextlib.asynccontextmanager
     async def _connected(self) -> AsyncIterator["_Connection"]:
-        will = self._will() if self._will is not None else None
+        will = await asyncio.to_thread(self._will) if self._will is not None else None
         connection = _Connection(self._broker, self._client_id, will, self._dispatch)
         try:
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S):
                     await connection.open()
-                    for topic in tuple(self._handlers):
-                        await connection.subscribed(topic)
+                    subscribed: set[str] = set()
+                    # One more may come while the broker answers. In their order: what a message on a later topic makes
+                    # its handler ask for is answered on an earlier one.
+                    while missing := [topic for topic in self._handlers if topic not in subscribed]:
+                        await connection.subscribed(missing[0])
+                        subscribed.add(missing[0])
             except TimeoutError as error:
                 raise LinkError(f"it did not answer within {CONNECT_TIMEOUT_S:g} s") from error
             self._connection = connection
@@ -257,6 +265,20 @@ def _say_refusal(topic: str, answer: asyncio.Future[None]) -> None:
         _log.warning("subscribing to %s: %s", topic, error)
 
 
+class _Client(Client):
+    """The MQTT client, telling `on_fault` why its thread ends, which would otherwise be gone without a word."""
+
+    on_fault: Callable[[str], None]
+
+    def loop_forever(self, timeout: float = 1.0, retry_first_connection: bool = False) -> MQTTErrorCode:
+        try:
+            return super().loop_forever(timeout, retry_first_connection)
+        except Exception as error:  # noqa: BLE001  whatever the broker sent, it costs no more than this connection
+            _log.debug("the client's thread ended", exc_info=error)
+            self.on_fault(f"what it sent cannot be read ({type(error).__name__})")
+            return MQTTErrorCode.MQTT_ERR_PROTOCOL
+
+
 class _Connection:
     """One connection and the thread that serves it. Callbacks come in that thread and are handed to the loop."""
 
@@ -269,9 +291,10 @@ class _Connection:
         self._open: asyncio.Future[None] = self._loop.create_future()
         self._lost: asyncio.Future[str] = self._loop.create_future()
         self._acks: dict[int, asyncio.Future[None]] = {}
-        self._client = client = Client(
+        self._client = client = _Client(
             CallbackAPIVersion.VERSION2, client_id, clean_session=True, reconnect_on_failure=False
         )
+        client.on_fault = lambda reason: self._call(self._fail, reason)
         client.max_inflight_messages_set(0)  # the link bounds what is in flight, subscriptions apart
         client.max_queued_messages_set(2 * OUTBOUND_IN_FLIGHT)
         client.connect_timeout = CONNECT_TIMEOUT_S / 2
@@ -334,7 +357,7 @@ class _Connection:
         if isinstance(stream, socket.socket):
             stream.close()
         self._fail("the link was closed")
-        for callback in ("connect", "connect_fail", "disconnect", "message", "publish", "subscribe"):
+        for callback in ("connect", "connect_fail", "disconnect", "fault", "message", "publish", "subscribe"):
             setattr(client, f"on_{callback}", None)  # ends the cycle: sockets close now, not at some collection
 
     def _expect(self, code: MQTTErrorCode, mid: int | None) -> asyncio.Future[None]:
@@ -398,8 +421,16 @@ class _Connection:
         self._call(self._fail, f"{reason} (keep-alive time-out)" if code == "Keep alive timeout" else reason)
 
     def _on_message(self, _client: Client, _data: object, message: MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:  # [MQTT-1.5.3-1]; not every broker looks
+            _log.debug("a message on a topic that is no text is dropped")
+            return
+        if len(message.payload) > MAX_PAYLOAD_BYTES:
+            _log.debug("a message of %d bytes on %s is dropped", len(message.payload), topic)
+            return
         self._room.acquire()
-        self._call(self._deliver, message.topic, bytes(message.payload), message.retain)
+        self._call(self._deliver, topic, bytes(message.payload), message.retain)
 
     def _on_subscribe(
         self, _client: Client, _data: object, mid: int, codes: list[ReasonCode], _properties: object

@@ -12,6 +12,7 @@ The manifest's own digest is what gets signed, so everything hangs from one sign
 
 import builtins
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -25,6 +26,13 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 2**20
 CHUNK_BYTES = 48 * 2**10
 """Size of the chunks that files travel in; fits every broker's payload limit with room for the envelope."""
+MAX_CHUNK_BYTES = 60 * 2**10
+"""The largest that fit, without much room."""
+MAX_COUNTER = 10**18 - 1
+"""What databases and target paths take."""
+
+_MODEL = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it becomes part of paths, topics and settings
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -152,22 +160,32 @@ def read(folder: Path) -> Manifest:
 def _problems(manifest: Manifest) -> Iterator[str]:
     if manifest.format != FORMAT:
         yield f"format {manifest.format} is not known; this version reads format {FORMAT}"
-    if not manifest.model or not manifest.model.replace("-", "").replace("_", "").isalnum():
-        yield "the model's name must be letters, digits, '-' and '_'"
-    if manifest.counter < 1:
-        yield "the counter must be at least 1"
+    if not _MODEL.fullmatch(manifest.model):
+        yield "the model's name must be 1 to 64 letters (a to z), digits, '-' and '_'"
+    if not 1 <= manifest.counter <= MAX_COUNTER:
+        yield f"the counter must be 1 to {MAX_COUNTER}"
     if not manifest.variants:
         yield "there is no variant"
+    if len({variant.name for variant in manifest.variants}) != len(manifest.variants):
+        yield "two variants have the same name"
     listed = [file.path for file in manifest.files]
     if len(set(listed)) != len(listed):
         yield "a file is listed twice"
+    for label in manifest.labels:
+        if "," in label:
+            yield f"the label {label!r} has a comma in it, which separates labels in a model's metadata"
     for file in manifest.files:
         path = PurePosixPath(file.path)
-        if path.is_absolute() or ".." in path.parts or str(path) != file.path or "\\" in file.path or "\0" in file.path:
+        plain = str(path) == file.path and not path.is_absolute() and path.parts and ".." not in path.parts
+        if not plain or "\\" in file.path or "\0" in file.path:
             yield f"{file.path!r} is not a plain path inside the release"
         elif file.path == MANIFEST:
             yield "the manifest cannot list itself"
-        if file.bytes < 0 or file.chunk_bytes < 1 or len(file.chunks) != -(-file.bytes // file.chunk_bytes):
+        if not all(_DIGEST.fullmatch(digest) for digest in (file.sha256, *file.chunks)):
+            yield f"{file.path}: a digest is not a hex SHA-256"
+        if not 1 <= file.chunk_bytes <= MAX_CHUNK_BYTES:
+            yield f"{file.path}: chunks of {file.chunk_bytes} bytes; they must be 1 to {MAX_CHUNK_BYTES}"
+        elif file.bytes < 0 or len(file.chunks) != -(-file.bytes // file.chunk_bytes):
             yield f"{file.path}: {len(file.chunks)} chunks of {file.chunk_bytes} bytes do not make {file.bytes} bytes"
     named = [variant.file for variant in manifest.variants]
     named += [path for path in (manifest.probes.file if manifest.probes else None, manifest.card) if path]

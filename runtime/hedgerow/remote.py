@@ -17,6 +17,7 @@ from typing import Annotated, Self, TypeVar
 
 import grpc
 import msgspec
+from google.protobuf.message import Message
 
 from hedgerow import rpc
 from hedgerow.backend import Deadline, ModelState, Snapshot
@@ -46,6 +47,7 @@ from hedgerow.tensors import (
 MAX_KNOWN_MODELS = 64
 """Models whose metadata is kept."""
 
+M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -138,9 +140,11 @@ class RemoteBackend:
     async def models(self) -> Sequence[ModelState]:
         """See `Backend`; none where the remote does not list its models."""
         try:
-            index = await self._unary(
-                lambda stub, timeout_s: stub.RepositoryIndex(oip_pb2.RepositoryIndexRequest(), timeout=timeout_s),
-                Deadline.after(self.settings.probe_timeout_s),
+            index = self._whole(
+                await self._unary(
+                    lambda stub, timeout_s: stub.RepositoryIndex(oip_pb2.RepositoryIndexRequest(), timeout=timeout_s),
+                    Deadline.after(self.settings.probe_timeout_s),
+                )
             )
         except HedgerowError:
             return ()
@@ -149,11 +153,13 @@ class RemoteBackend:
     async def ready(self, model: str, version: str = "") -> bool:
         """See `Backend`; False as well while the remote cannot be reached."""
         try:
-            answer = await self._unary(
-                lambda stub, timeout_s: stub.ModelReady(
-                    oip_pb2.ModelReadyRequest(name=model, version=version), timeout=timeout_s
-                ),
-                Deadline.after(self.settings.probe_timeout_s),
+            answer = self._whole(
+                await self._unary(
+                    lambda stub, timeout_s: stub.ModelReady(
+                        oip_pb2.ModelReadyRequest(name=model, version=version), timeout=timeout_s
+                    ),
+                    Deadline.after(self.settings.probe_timeout_s),
+                )
             )
         except HedgerowError:
             return False
@@ -201,7 +207,7 @@ class RemoteBackend:
             try:
                 with self._counted(timeout_s):
                     async for answer in call:
-                        if answer.error_message:
+                        if self._whole(answer).error_message:
                             raise EngineFault(f"{self._name}: {answer.error_message}")
                         yield response_from_proto(answer.infer_response)
             finally:
@@ -227,7 +233,10 @@ class RemoteBackend:
         started = time.monotonic()
         answer = await self._unary(lambda stub, timeout_s: stub.ModelInfer(message, timeout=timeout_s), deadline)
         self._latency.add(time.monotonic() - started)
-        return response_from_proto(answer)
+        return response_from_proto(self._whole(answer))
+
+    def _whole(self, answer: M | None) -> M:
+        return rpc.whole(answer, self._name)
 
     async def _unary(self, call: Callable[[Stub, float], Awaitable[T]], deadline: Deadline) -> T:
         """The answer to one call, counted by the breaker."""
@@ -309,6 +318,8 @@ class RemoteBackend:
             self._trip(problem := str(error))
         except grpc.aio.AioRpcError as error:
             problem = in_words(error)
+        except EngineFault as error:  # whatever listens there, it must not end the watch
+            problem = str(error)
         if problem:
             self._failed(problem)
             if connection is not self._connection:
@@ -325,10 +336,10 @@ class RemoteBackend:
 
     async def _examine(self, stub: Stub) -> str:
         """What keeps the remote from answering, and with nothing in the way, news of the models that were asked for."""
-        if not (await stub.ServerReady(oip_pb2.ServerReadyRequest())).ready:
+        if not self._whole(await stub.ServerReady(oip_pb2.ServerReadyRequest())).ready:
             # A server is ready when all of its models are; ours may be nevertheless.
             asked = [oip_pb2.ModelReadyRequest(name=model, version=version) for model, version in self._known]
-            if not any([(await stub.ModelReady(request)).ready for request in asked]):
+            if not any([self._whole(await stub.ModelReady(request)).ready for request in asked]):
                 return "it is not ready"
         for model, version in tuple(self._known):
             await self._learn(stub, model, version)
@@ -338,7 +349,7 @@ class RemoteBackend:
         """The remote's metadata of a model, remembered; None if it has no such model."""
         request = oip_pb2.ModelMetadataRequest(name=model, version=version)
         try:
-            answer = await stub.ModelMetadata(request, timeout=self.settings.probe_timeout_s)
+            answer = self._whole(await stub.ModelMetadata(request, timeout=self.settings.probe_timeout_s))
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.NOT_FOUND:
                 raise

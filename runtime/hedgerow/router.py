@@ -17,6 +17,7 @@ from hedgerow import policies
 from hedgerow.backend import Backend, Deadline, ModelState, Snapshot
 from hedgerow.config import Settings
 from hedgerow.errors import (
+    BackendUnavailable,
     DeadlineExceeded,
     Forbidden,
     HedgerowError,
@@ -30,7 +31,7 @@ from hedgerow.gate import Gate, Guarantee, confidence
 from hedgerow.judge import NO_RELEASE, Judges, Verdict
 from hedgerow.latency import LatencyWindow
 from hedgerow.lifecycle import InFlight
-from hedgerow.policies import Facts, Plan, Policy, Privacy, Tier
+from hedgerow.policies import Attempt, Facts, Plan, Policy, Privacy, Tier
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Parameter
 
 TIER: Final = "hedgerow_tier"
@@ -45,10 +46,14 @@ DEGRADED: Final = "hedgerow_degraded"
 """In an answer: whether it is second best."""
 PRIVACY: Final = "hedgerow_privacy"
 """In a request: a value of `Privacy`."""
-PREFIX: Final = "hedgerow_"
+PREFIX: Final = "hedgerow"
+"""How our parameters begin, well spelt or not."""
 
-RETURN_RESERVE_S = 0.01
-"""What the cloud is not given of the deadline while an answer of the edge is in hand: time to return that one."""
+RETURN_RESERVE = 0.1
+"""The share of the remaining deadline that the cloud is not given while an answer of the edge is in hand: time to
+return that one, also on a device that is busy and to a caller whose clock started earlier. Within these bounds:"""
+RETURN_RESERVE_MIN_S = 0.01
+RETURN_RESERVE_MAX_S = 0.25
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +191,7 @@ class Router:
         privacy = _privacy(request)
         started = time.monotonic()
         with self._inflight[request.model]:
-            journey = _Journey(route, request, deadline, privacy, await self._verdict(route, ""))
+            journey = _Journey(route, request, deadline, privacy, await self._verdict(route, "", deadline))
             response = await self._travel(journey)
         self._latency[request.model].add(time.monotonic() - started)
         return response
@@ -230,7 +235,7 @@ class Router:
             try:
                 if attempt.tier is Tier.CLOUD:
                     return await self._ask_cloud(journey)
-                passed = await self._ask_edge(journey)
+                good = await self._ask_edge(journey) or _unjudged_is_good(journey, attempt)
             except HedgerowError as error:
                 if _is_final(journey, attempt.tier, error):
                     raise
@@ -239,7 +244,7 @@ class Router:
                 continue
             if attempt.degraded:
                 continue  # held, in case there is nothing better
-            if passed or not attempt.gated:
+            if good:
                 assert journey.held is not None
                 return _explained(journey, journey.held, Tier.EDGE)
 
@@ -254,7 +259,7 @@ class Router:
         outputs = tuple(tensor for tensor in answer.outputs if not asked or tensor.name in asked)
         journey.held = replace(answer, outputs=outputs)
         if answer.version != journey.verdict.version:  # swapped since the request set out
-            journey.verdict = await self._verdict(route, answer.version)
+            journey.verdict = await self._verdict(route, answer.version, journey.deadline)
         gate = journey.verdict.gate
         if gate is None:
             return False
@@ -266,10 +271,14 @@ class Router:
     async def _ask_cloud(self, journey: _Journey) -> InferResponse:
         route, request = journey.route, journey.request
         assert route.cloud is not None
-        reserve_s = 0.0 if journey.held is None else RETURN_RESERVE_S
         there = replace(request, model=route.model_in_cloud, version="")
-        answer = await route.cloud.infer(there, Deadline(journey.deadline.at - reserve_s))
-        if journey.held is not None and journey.confidence is not None:
+        answer = await route.cloud.infer(there, Deadline(journey.deadline.at - _reserve_s(journey)))
+        second_best = answer.parameters.get(DEGRADED) is True  # says a router there
+        if second_best and route.require_cloud:
+            raise BackendUnavailable(
+                f"{route.cloud.name} has a second best answer only: {answer.parameters.get(REASON)}"
+            )
+        if journey.held is not None and journey.confidence is not None and not second_best:
             self._tell(
                 Observation(
                     request=request,
@@ -281,8 +290,8 @@ class Router:
             )
         return _explained(journey, replace(answer, model=request.model, id=request.id), Tier.CLOUD)
 
-    async def _verdict(self, route: Route, version: str) -> Verdict:
-        return await self._judges.find(route.model, version, route.edge, route.cloud, route.model_in_cloud)
+    async def _verdict(self, route: Route, version: str, deadline: Deadline) -> Verdict:
+        return await self._judges.find(route.model, version, route.edge, route.cloud, route.model_in_cloud, deadline)
 
     def _tell(self, observation: Observation) -> None:
         for observer in self._observers:
@@ -299,7 +308,10 @@ class Router:
 
 
 def _privacy(request: InferRequest) -> Privacy:
-    """What the request allows; a class that is not known here is refused, because it may forbid anything."""
+    """What the request allows; what is not known here is refused, be it name or value: it may forbid anything."""
+    for name in request.parameters:
+        if name != PRIVACY and name.casefold().startswith(PREFIX):
+            raise InvalidInput(f"there is no parameter {name!r}; requests may have {PRIVACY!r}")
     value = request.parameters.get(PRIVACY, "")
     if value not in tuple(Privacy):
         known = ", ".join(repr(privacy.value) for privacy in Privacy)
@@ -311,13 +323,25 @@ def _facts(journey: _Journey) -> Facts:
     route = journey.route
     return Facts(
         model=route.model,
-        remaining_s=max(0.0, journey.deadline.remaining - (RETURN_RESERVE_S if journey.held else 0.0)),
+        remaining_s=max(0.0, journey.deadline.remaining - _reserve_s(journey)),
         edge=route.edge.snapshot(route.model),
         cloud=None if route.cloud is None else route.cloud.snapshot(route.model_in_cloud),
         privacy=journey.privacy,
         gate_reason=journey.verdict.reason,
         tried=frozenset(journey.tried),
     )
+
+
+def _reserve_s(journey: _Journey) -> float:
+    """What the cloud is not given of what is left."""
+    if journey.held is None:
+        return 0.0
+    return min(max(RETURN_RESERVE_MIN_S, RETURN_RESERVE * journey.deadline.remaining), RETURN_RESERVE_MAX_S)
+
+
+def _unjudged_is_good(journey: _Journey, attempt: Attempt) -> bool:
+    """Whether the edge's answer will do that no gate has passed: only where there is no gate, and no need of one."""
+    return not attempt.gated and journey.verdict.gate is None and not journey.route.require_cloud
 
 
 def _is_final(journey: _Journey, tier: Tier, error: HedgerowError) -> bool:
@@ -340,16 +364,16 @@ def _in_words(tier: Tier, error: HedgerowError) -> str:
 def _settle(journey: _Journey) -> InferResponse:
     """The answer in hand, marked degraded, when nothing better can be had; or a clear error."""
     reasons = journey.reason(degraded=True)
+    retry_after_s = max((error.retry_after_s or 0.0 for error in journey.errors), default=0.0) or None
     if journey.held is None:
         kinds = {type(error) for error in journey.errors}
-        retry_after_s = max((error.retry_after_s or 0.0 for error in journey.errors), default=0.0) or None
         alone = len(kinds) == 1 and not issubclass(next(iter(kinds)), NotFound)
         kind = next(iter(kinds)) if alone else Unavailable
         raise kind(reasons, retry_after_s=retry_after_s)
     if journey.route.require_cloud:
         if journey.privacy is Privacy.EDGE_ONLY:
             raise Forbidden(f"{journey.route.model} requires the cloud, which this request rules out: {reasons}")
-        raise Unavailable(f"{journey.route.model} requires the cloud: {reasons}")
+        raise Unavailable(f"{journey.route.model} requires the cloud: {reasons}", retry_after_s=retry_after_s)
     return _explained(journey, journey.held, Tier.EDGE, degraded=True)
 
 
@@ -357,6 +381,9 @@ def _explained(journey: _Journey, answer: InferResponse, tier: Tier, *, degraded
     parameters: dict[str, Parameter] = {
         key: value for key, value in answer.parameters.items() if not key.startswith(PREFIX)
     }
+    if answer.parameters.get(DEGRADED) is True:  # by a router behind us, whose second best does not get better here
+        degraded = True
+        journey.why.append(f"{tier}: {answer.parameters.get(REASON, 'second best')}")
     parameters |= {TIER: tier.value, REASON: journey.reason(degraded=degraded) or f"{tier} first", DEGRADED: degraded}
     if journey.confidence is not None:
         parameters[CONFIDENCE] = journey.confidence

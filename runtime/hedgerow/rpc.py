@@ -1,4 +1,4 @@
-"""What our gRPC services share: parsing, the error table in both directions, and the limits of channels.
+"""What our gRPC services share: listening, parsing, and the error table in both directions.
 
 Handlers take and return messages and raise the errors of `hedgerow.errors`; what callers see of an error is decided
 here and nowhere else. Requests are parsed inside the handler, because grpc.aio answers UNKNOWN and logs a traceback
@@ -16,7 +16,8 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from hedgerow import errors
-from hedgerow.errors import HedgerowError, InvalidInput
+from hedgerow.config import ServerSettings
+from hedgerow.errors import ConfigError, EngineFault, HedgerowError, InvalidInput
 
 MAX_DETAILS_CHARS = 512
 """Longest error message on the wire: with percent-encoding it must fit into 8 KiB of trailers. The log has it whole."""
@@ -76,6 +77,27 @@ def received(error: grpc.RpcError) -> HedgerowError:
     # Anything but a plain number means "do not retry" to gRPC, and nothing to us.
     retry_after_s = int(pushback) / 1000 if pushback.isascii() and pushback.isdigit() else None
     return _ERRORS.get(status, HedgerowError)(error.details() or status.name, retry_after_s=retry_after_s)
+
+
+def whole(answer: M | None, server: str) -> M:
+    """The `answer` of a call; raises `EngineFault` for None, which grpc.aio gives for bytes that it cannot parse."""
+    if answer is None:
+        raise EngineFault(f"{server} answered with bytes that are no message of the protocol")
+    return answer
+
+
+def address(host: str, port: int) -> str:
+    """Host and port, as gRPC wants them: "127.0.0.1:8001", "[::1]:8001"."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def listen(server: grpc.aio.Server, settings: ServerSettings) -> int:
+    """Have `server` listen, in plain text, where `settings` say; the bound port. Raises `ConfigError`."""
+    wanted = address(settings.host, settings.port)
+    try:
+        return server.add_insecure_port(wanted)
+    except RuntimeError as error:
+        raise ConfigError(f"server.host, server.port: cannot listen on {wanted}; is it taken?") from error
 
 
 def generic_handler(service: ServiceDescriptor, handlers: Mapping[str, Handler]) -> grpc.GenericRpcHandler:

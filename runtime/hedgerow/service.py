@@ -16,11 +16,11 @@ import grpc
 from hedgerow import __version__
 from hedgerow.backend import Backend, Deadline, ModelControl
 from hedgerow.config import ServerSettings
-from hedgerow.errors import ConfigError, DeadlineExceeded, Forbidden, ModelNotReady, Overloaded, Unsupported
+from hedgerow.errors import DeadlineExceeded, Forbidden, ModelNotReady, Overloaded, Unsupported
 from hedgerow.health import Health, reflection_handler
 from hedgerow.lifecycle import InFlight
 from hedgerow.proto import oip_pb2
-from hedgerow.rpc import Context, details, generic_handler, parse, public
+from hedgerow.rpc import Context, address, details, generic_handler, listen, parse, public
 from hedgerow.statistics import Statistics, Stopwatch
 from hedgerow.tensors import (
     InferRequest,
@@ -38,6 +38,8 @@ STREAM_ANSWERS = 16
 """Answers of one streamed request that may wait for the caller to read those before."""
 RETRY_AFTER_S = 1.0
 """When a refused caller may try again."""
+MAX_OTHER_CALLS = 1024
+"""Calls at once besides the requests of `max_inflight`: idle streams, health and its watchers. More are refused."""
 FLUSH_S = 1.0
 """How long calls may linger after the drain: answers being sent, idle streams."""
 
@@ -272,7 +274,7 @@ class Server:
     @property
     def address(self) -> str:
         """Where it listens: "host:port"."""
-        return _address(self._settings.host, self.port)
+        return address(self._settings.host, self.port)
 
     async def start(self) -> int:
         """Listen; the bound port. Raises `ConfigError` if the address cannot be had."""
@@ -282,7 +284,9 @@ class Server:
                 ("grpc.max_receive_message_length", self._settings.max_message_bytes),
                 ("grpc.max_send_message_length", self._settings.max_message_bytes),
                 ("grpc.so_reuseport", 0),  # or a second server would take half of the calls unnoticed
-            ]
+            ],
+            # Far enough out that requests meet `max_inflight` first, which says when to come back.
+            maximum_concurrent_rpcs=self._settings.max_inflight + MAX_OTHER_CALLS,
         )
         server.add_generic_rpc_handlers(
             [
@@ -291,11 +295,7 @@ class Server:
                 reflection_handler(names, [oip_pb2.DESCRIPTOR]),
             ]
         )
-        wanted = _address(self._settings.host, self._settings.port)
-        try:
-            self.port = server.add_insecure_port(wanted)
-        except RuntimeError as error:
-            raise ConfigError(f"server.host, server.port: cannot listen on {wanted}; is it taken?") from error
+        self.port = listen(server, self._settings)
         await server.start()
         self._server = server
         return self.port
@@ -345,7 +345,3 @@ async def _until(deadline: Deadline) -> AsyncIterator[None]:
         if scope.expired():
             raise DeadlineExceeded("the deadline passed while the request was being worked on") from error
         raise
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from hedgerow.backend import Deadline
-from hedgerow.errors import DeadlineExceeded, Overloaded
+from hedgerow.errors import DeadlineExceeded, Overloaded, Unavailable
 
 T = TypeVar("T")
 
@@ -45,8 +45,9 @@ class Workers:
         """What `work()` returns or raises.
 
         `finished` is called once, on the loop, when no thread will touch the work any more: a caller that has left
-        cannot stop a thread. Raises `Overloaded` at once if the queue is full, with a wait estimated from `each_s`, and
-        `DeadlineExceeded` when the deadline passes; work whose caller has left before it began is never run.
+        cannot stop a thread. Raises `Overloaded` at once if the queue is full, with a wait estimated from `each_s`,
+        `DeadlineExceeded` when the deadline passes, and `Unavailable` for what still waits when the workers are closed;
+        work whose caller has left before it began is never run.
         """
         handed_over = False
         try:
@@ -62,7 +63,11 @@ class Workers:
                     self._waiting -= 1
                 loop = asyncio.get_running_loop()
                 job = _Job(work, deadline, finished, loop.create_future())
-                self._pool.submit(self._execute, job, loop)
+                try:
+                    self._pool.submit(self._execute, job, loop)
+                except RuntimeError as error:
+                    self._slots.release()  # so that the next in the queue hears it too
+                    raise Unavailable("no more requests are taken here: it is closing") from error
                 handed_over = True
                 answer: T = await job.answer
                 return answer

@@ -95,14 +95,18 @@ async def test_releases_that_do_not_prove_themselves_are_rejected_for_good_and_t
             (5, {"write": lambda path: path.write_bytes(b"no model")}, "onnxruntime cannot load student.onnx"),
             (6, {"expected": np.zeros((10, 3), np.float32)}, "output 'logits': shape [10, 10], expected [10, 3]"),
         )
+        made = {}
         for counter, release, reason in table:
-            await cloud.assign(cloud.make(counter, **release))
+            made[counter] = cloud.make(counter, **release)
+            await cloud.assign(made[counter])
             status = await cloud.rejected(counter)
             assert reason in status.reason
             assert (status.running, status.target, status.phase) == (1, 0, "idle")
             assert await answered_by(agent) == 1
             cloud.phases.clear()
             await cloud.command()  # the same again is no news
+        await cloud.assign(made[2])  # nor is an older one, but why it is not taken is said
+        assert "does not reproduce its probes" in (await cloud.rejected(2)).reason
         await cloud.assign(cloud.make(7))
         status = await cloud.runs(7)
         assert (status.failed, status.reason) == (0, "")
@@ -222,6 +226,21 @@ async def test_model_files_of_ones_own_are_served_to_stock_clients_without_any_f
         assert parameters["hedgerow_confidence"].double_param > 0.99
         assert not parameters["hedgerow_degraded"].bool_param
         assert await agent.stop() == 0
+
+
+async def test_a_model_of_ones_own_is_not_replaced_by_a_release_and_the_fleet_is_told(tmp_path: Path) -> None:
+    async with device(tmp_path) as (agent, cloud):
+        await cloud.assign(cloud.make(1))
+        await cloud.runs(1)
+        await agent.stop()
+        models.classifier(tmp_path / "mine.onnx", sure=responder.SURE)
+        agent.settings["models"] = {"digits": {"path": str(tmp_path / "mine.onnx"), "version": "mine"}}
+        await agent.start()
+        status = await cloud.until(lambda status: status.online and bool(status.models))
+        assert [(model.model, model.running) for model in status.models] == [("digits", 0)]
+        assert status.models[0].reason == "digits/1 is assigned, but this device's settings bring a digits of its own"
+        async with AsyncClient(agent.address) as client:
+            assert (await client.infer("digits", models.pixels(3))).model_version == "mine"
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,17 @@ def test_errors_while_everything_runs_are_one_line_that_names_the_fault(shell: S
         expect_error(shell.run(*arguments), 1, said)
 
 
+def test_a_release_that_a_device_refuses_is_said_at_once_and_stays_in_the_list(shell: Shell, tmp_path: Path) -> None:
+    for counter in (2, 3):
+        assert shell.run("publish", make_release(tmp_path / f"r{counter}", counter)).returncode == 0
+    assert shell.run("assign", "digits", 3, "--wait", "--timeout-s", 30).returncode == 0
+    started = time.monotonic()
+    why = "the director assigns digits/2, this device has already confirmed digits/3: rolled back"
+    expect_error(shell.run("assign", "digits", 2, "--wait"), 1, f"here does not run digits/2: {why}")
+    assert time.monotonic() - started < 30
+    assert f"here: no updates: {why}" in shell.run("devices").stdout
+
+
 def test_errors_while_nothing_runs_say_what_to_do(cold: Shell, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((1, 64), np.float32))
     for arguments, code, said in (

@@ -290,6 +290,16 @@ def test_an_end_between_the_signature_and_the_database_is_made_good_at_the_next_
         assert not list((fleet.home / "incoming").iterdir())
 
 
+def test_a_second_service_leaves_the_first_ones_uploads_alone(tmp_path: Path) -> None:
+    with in_background(Fleet(tmp_path, free_port()).running) as fleet:
+        (fleet.home / "incoming" / "upload").mkdir()
+        command = [sys.executable, "-m", "hedgerow_cloud.daemons", "fleet", "--config", str(tmp_path / "fleet.toml")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == 2
+        assert "another fleet service uses" in done.stderr
+        assert (fleet.home / "incoming" / "upload").exists()
+
+
 def test_a_home_that_was_never_made_is_a_setting_error_that_says_how(tmp_path: Path) -> None:
     (tmp_path / "fleet.toml").write_text(f'home = "{tmp_path / "home"}"\n')
     command = [sys.executable, "-m", "hedgerow_cloud.daemons", "fleet", "--config", str(tmp_path / "fleet.toml")]

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +17,13 @@ from hedgerow.backend import Deadline
 from hedgerow.errors import (
     DeadlineExceeded,
     EngineFault,
+    HedgerowError,
     InvalidInput,
     InvalidRelease,
     ModelNotFound,
     ModelNotReady,
     Overloaded,
+    Unavailable,
 )
 from hedgerow.host import HostSettings, ModelFile, ModelHost, Staged
 from hedgerow.tensors import InferRequest, InferResponse, tensor
@@ -279,3 +281,34 @@ async def test_closing_answers_what_is_in_flight_first(tmp_path: Path) -> None:
     with pytest.raises(ModelNotReady):
         await host.infer(models.request(), Deadline.after(10))
     await host.close()
+
+
+async def test_what_outlasts_the_drain_is_answered_and_what_waits_behind_it_refused_at_once(tmp_path: Path) -> None:
+    host = ModelHost(HostSettings(workers=1, drain_s=0.001))
+    await slow_model(host, tmp_path)
+    serving = host.serving("digits")
+    assert serving is not None
+    async with asyncio.TaskGroup() as group:
+        handed_over = [group.create_task(host.infer(models.request(), Deadline.after(60))) for _ in range(2)]
+        await asyncio.sleep(0)
+        waiting = [group.create_task(caught(host.infer(models.request(), Deadline.after(60)))) for _ in range(2)]
+        await asyncio.sleep(0)
+        await host.close()
+        assert not handed_over[0].done()
+    assert all(task.result().version == "1" for task in handed_over)
+    assert [type(task.result()) for task in waiting] == [Unavailable, Unavailable]
+    assert serving.closed.is_set()
+
+
+async def caught(answer: Coroutine[object, object, InferResponse]) -> Exception:
+    with pytest.raises(HedgerowError) as error:
+        await answer
+    return error.value
+
+
+async def test_labels_keep_their_places_or_are_refused(host: ModelHost, tmp_path: Path) -> None:
+    path = models.classifier(tmp_path / "m.onnx")
+    await host.load_file(replace(file(path), labels=("none", "", "cat")))
+    assert (await host.metadata("digits")).properties["labels"] == "none,,cat"
+    with pytest.raises(InvalidRelease, match="'tench, Tinca tinca'"):
+        await host.load_file(replace(file(path), labels=("tench, Tinca tinca", "cat")))

@@ -6,11 +6,13 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -21,7 +23,7 @@ from simulators import brokers
 
 from hedgerow.config import BrokerSettings
 from hedgerow.errors import ConfigError, LinkError
-from hedgerow.link import MAX_PAYLOAD_BYTES, Link, Topics, Will
+from hedgerow.link import MAX_PAYLOAD_BYTES, Link, Topics, Will, _Connection
 from hedgerow_cloud.broker import free_port
 
 TOPICS = Topics("test.fleet")
@@ -71,6 +73,76 @@ async def test_a_message_of_60_kib_reaches_exactly_its_subscribers(broker: broke
         assert other.queue.empty()
         with pytest.raises(LinkError, match="over the limit"):
             await device.publish(TOPICS.request("dev-1"), bytes(MAX_PAYLOAD_BYTES + 1))
+
+
+async def test_a_topic_that_is_added_while_connecting_is_not_forgotten(
+    broker: brokers.Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = link_to(broker, "dev-1")
+    early, late = Inbox(link, TOPICS.command("dev-1")), list[Inbox]()
+    subscribed = _Connection.subscribed
+
+    async def meanwhile(connection: _Connection, topic: str) -> None:
+        await subscribed(connection, topic)
+        if not late:
+            late.append(Inbox(link, TOPICS.response("dev-1")))
+
+    monkeypatch.setattr(_Connection, "subscribed", meanwhile)
+    async with running(link):
+        for topic, inbox in ((TOPICS.command("dev-1"), early), (TOPICS.response("dev-1"), late[0])):
+            await link.publish(topic, b"hello")
+            assert (await inbox.next(5))[1] == b"hello"
+
+
+async def test_a_message_on_a_topic_that_is_no_text_costs_nothing() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                kind, length = await reader.readexactly(2)
+                body = await reader.readexactly(length)
+                if kind & 0xF0 == 0x10:
+                    writer.write(b"\x20\x02\x00\x00")
+                elif kind & 0xF0 == 0x80:
+                    writer.write(b"\x90\x03" + body[:2] + b"\x01")
+                    writer.write(b"\x30\x04\x00\x01\xffx" + b"\x30\x04\x00\x01ax")
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        link = Link(BrokerSettings(port=server.sockets[0].getsockname()[1]), "dev-1")
+        inbox = Inbox(link, "a")
+        async with running(link):
+            assert await inbox.next() == ("a", b"x", False)
+
+
+async def test_whatever_ends_the_clients_thread_ends_a_connection_and_not_the_link(
+    broker: brokers.Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_message, seen = _Connection._on_message, []
+
+    def failing_once(connection: _Connection, *arguments: Any) -> None:
+        seen.append(arguments)
+        if len(seen) == 1:
+            raise MemoryError
+        on_message(connection, *arguments)
+
+    monkeypatch.setattr(_Connection, "_on_message", failing_once)
+    device = link_to(broker, "dev-1")
+    inbox = Inbox(device, TOPICS.command("dev-1"))
+    async with running(link_to(broker, "fleet")) as fleet, running(device):
+        await fleet.publish(TOPICS.command("dev-1"), b"news", retain=True)
+        assert (await inbox.next())[1] == b"news"
+        assert len(seen) > 1
+
+
+async def test_a_will_that_takes_its_time_does_not_hold_up_the_loop(broker: brokers.Broker) -> None:
+    threads: list[threading.Thread] = []
+
+    def will() -> Will:
+        threads.append(threading.current_thread())
+        return Will(TOPICS.status("dev-1"), b"gone")
+
+    async with running(Link(brokers.settings(broker), "dev-1", will=will)):
+        assert threading.main_thread() not in threads
 
 
 async def test_a_retained_message_waits_for_who_comes_later_and_survives_a_restart(broker: brokers.Broker) -> None:

@@ -12,10 +12,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import grpc
 import msgspec
 import numpy as np
 import pytest
+from onnx import TensorProto
 from simulators import models
 from simulators.cloud import MODEL, Cloud, in_process_of_its_own
 
@@ -29,12 +32,14 @@ from hedgerow.errors import (
     Overloaded,
     Unavailable,
 )
+from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.gate import Gate, Guarantee
 from hedgerow.host import HostSettings, ModelFile, ModelHost
+from hedgerow.judge import Judges
 from hedgerow.policies import Privacy, cloud_first
 from hedgerow.remote import RemoteBackend, RemoteSettings
 from hedgerow.router import CONFIDENCE, DEGRADED, PRIVACY, REASON, RELEASE, TIER, Observation, Route, Router
-from hedgerow.tensors import InferRequest, InferResponse
+from hedgerow.tensors import InferRequest, InferResponse, Parameter
 
 GATE = Gate(threshold=0.8)
 SURE, UNSURE = 8.0, 1.0
@@ -209,6 +214,16 @@ async def test_a_privacy_class_that_is_not_known_fails_closed(
     assert cloud.asked == 0
 
 
+@pytest.mark.parametrize("name", ["hedgerow_privcay", "hedgerow-privacy", "Hedgerow_Privacy"])
+async def test_a_privacy_class_under_a_misspelt_name_is_refused_and_not_overlooked(
+    stack: AsyncExitStack, host: ModelHost, cloud: Cloud, name: str
+) -> None:
+    router, _ = await routed(stack, host, cloud.target)
+    with pytest.raises(InvalidInput, match=f"'{name}'.*'{PRIVACY}'"):
+        await router.infer(replace(ask(), parameters={name: "edge-only"}), Deadline.after(SOON_S))
+    assert cloud.asked == 0
+
+
 async def test_bad_input_is_refused_by_the_edge_and_not_sent_on(
     stack: AsyncExitStack, host: ModelHost, cloud: Cloud
 ) -> None:
@@ -303,6 +318,41 @@ async def test_a_target_that_accepts_and_says_nothing_costs_a_bounded_wait(
     await until(lambda: not remote.snapshot(MODEL).healthy)
 
 
+async def test_a_teacher_that_cannot_be_asked_does_not_cost_the_edge_its_deadline(
+    stack: AsyncExitStack, host: ModelHost
+) -> None:
+    mute = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    router, _ = await routed(stack, host, f"127.0.0.1:{mute.getsockname()[1]}")
+    router.set_gate("digits", "1", None, guarantee(student=(await host.metadata("digits")).properties["sha256"]))
+    response = await infer(router, ask(strength=SURE), seconds=0.2)
+    assert (response.parameters[TIER], response.parameters[DEGRADED]) == ("edge", False)
+
+
+async def test_a_cloud_that_talks_nonsense_harms_no_request_and_does_not_end_the_watch(
+    stack: AsyncExitStack, host: ModelHost
+) -> None:
+    class Nonsense(grpc.GenericRpcHandler):
+        def service(self, _: grpc.HandlerCallDetails) -> Any:
+            async def answer(_: bytes, __: object) -> bytes:
+                return b"\xff\xff"
+
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers([Nonsense()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    stack.push_async_callback(server.stop, 0)
+    router, remote = await routed(stack, host, f"127.0.0.1:{port}")
+    assert remote is not None
+    response = await infer(router, ask())
+    assert response.parameters[DEGRADED] is True
+    assert "no message of the protocol" in str(response.parameters[REASON])
+    await until(lambda: not remote.snapshot(MODEL).healthy)
+    assert not await remote.ready(MODEL)
+    assert "no message of the protocol" in remote.snapshot(MODEL).reason
+
+
 async def test_a_deadline_that_is_too_close_is_not_spent_on_the_cloud(
     stack: AsyncExitStack, host: ModelHost, cloud: Cloud
 ) -> None:
@@ -371,6 +421,43 @@ async def test_without_a_cloud_the_edge_answers_everything(stack: AsyncExitStack
     assert (await infer(ungated, ask())).parameters[DEGRADED] is False
 
 
+async def test_what_the_gate_refused_is_never_returned_as_good(stack: AsyncExitStack, host: ModelHost) -> None:
+    unsure, _ = await routed(stack, host, None, policy=cloud_first.plan)
+    assert (await infer(unsure, ask(strength=SURE))).parameters[DEGRADED] is False
+    assert (await infer(unsure, ask())).parameters[DEGRADED] is True
+    for gate in (GATE, None):
+        strict, _ = await routed(stack, host, None, gate=gate, policy=cloud_first.plan, require_cloud=True)
+        with pytest.raises(Unavailable, match=r"requires the cloud: .*no cloud configured"):
+            await infer(strict, ask())
+
+
+async def test_a_second_best_answer_of_a_router_in_the_cloud_stays_marked_and_teaches_nobody(
+    stack: AsyncExitStack, host: ModelHost
+) -> None:
+    class SecondBest(FunctionBackend):
+        async def infer(self, request: InferRequest, deadline: Deadline) -> InferResponse:
+            said: dict[str, Parameter] = {TIER: "edge", REASON: "no cloud configured", DEGRADED: True}
+            return replace(await super().infer(request, deadline), parameters=said)
+
+    interface = replace(await host.metadata("digits"), name=MODEL, versions=("9",), properties={})
+    logits = np.eye(1, models.CLASSES, dtype=np.float32)
+    site = SecondBest(FunctionModel(interface, lambda _: {"logits": logits, "label": np.zeros(1, np.int64)}))
+    seen: list[Observation] = []
+    for require_cloud in (False, True):
+        route = Route(model="digits", edge=host, cloud=site, cloud_model=MODEL, require_cloud=require_cloud)
+        router = Router({"digits": route})
+        router.set_gate("digits", "1", GATE, None)
+        router.observe(seen.append)
+        if require_cloud:
+            with pytest.raises(Unavailable, match="second best"):
+                await infer(router, ask())
+        else:
+            response = await infer(router, ask())
+            assert (response.parameters[TIER], response.parameters[DEGRADED]) == ("cloud", True)
+            assert "cloud: no cloud configured" in str(response.parameters[REASON])
+    assert not seen
+
+
 async def test_an_edge_without_a_gate_stands_in_for_the_cloud_only(
     stack: AsyncExitStack, host: ModelHost, cloud: Cloud
 ) -> None:
@@ -406,6 +493,19 @@ async def test_a_guarantee_of_other_models_judges_nothing_and_that_is_said_once(
         router.set_gate("digits", "1", Gate(threshold=0.5), guarantee(student=digest))
 
 
+async def test_a_guarantee_does_not_outlive_the_file_it_was_measured_on(
+    stack: AsyncExitStack, host: ModelHost, cloud: Cloud, tmp_path: Path
+) -> None:
+    router, _ = await routed(stack, host, cloud.target)
+    router.set_gate("digits", "1", None, guarantee(student=(await host.metadata("digits")).properties["sha256"]))
+    assert (await infer(router, ask(strength=SURE))).parameters[TIER] == "edge"
+    models.classifier(tmp_path / "1.onnx", shift=1, extra=True)
+    await host.load("digits")
+    response = await infer(router, ask(strength=SURE))
+    assert response.parameters[TIER] == "cloud"
+    assert "the student's digest" in str(response.parameters[REASON])
+
+
 async def test_a_teacher_without_a_digest_is_not_checked_and_that_is_said_once(
     stack: AsyncExitStack, host: ModelHost, cloud: Cloud, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -423,6 +523,20 @@ async def test_a_gate_over_an_output_that_is_not_there_judges_nothing(
     response = await infer(router, ask(strength=SURE))
     assert response.parameters[TIER] == "cloud"
     assert "'scores'" in str(response.parameters[REASON])
+
+
+@pytest.mark.parametrize("onnx_type", [TensorProto.BFLOAT16, TensorProto.STRING])
+async def test_a_gate_over_an_output_without_numbers_judges_nothing(
+    stack: AsyncExitStack, cloud: Cloud, tmp_path: Path, onnx_type: int
+) -> None:
+    host = ModelHost()
+    stack.push_async_callback(host.close)
+    await host.load_file(ModelFile("digits", "1", models.swapped(tmp_path / "m.onnx", onnx_type)))
+    judges = Judges()
+    judges.set("digits", "1", Gate(threshold=0.0, output="y"), None)
+    verdict = await judges.find("digits", "", host, None, "", Deadline.after(SOON_S))
+    assert verdict.gate is None
+    assert "has no scores" in verdict.reason
 
 
 async def test_model_and_gate_swap_together_under_load(

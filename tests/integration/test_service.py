@@ -187,6 +187,30 @@ async def test_one_request_too_many_is_refused_at_once_and_told_when_to_come_bac
         await to.oip.ModelInfer(request("held"))
 
 
+async def test_callers_who_only_hold_on_cannot_take_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hedgerow.service.MAX_OTHER_CALLS", 2)
+    held = Held()
+    held.let.set()
+    backend = FunctionBackend(model("held", held.function))
+    async with Server(backend, settings(max_inflight=1)) as server, Connection(server) as to:
+
+        async def is_answered() -> bool:
+            try:
+                await to.oip.ModelInfer(request("held"))
+            except grpc.aio.AioRpcError as error:
+                return error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED
+            return True
+
+        watches = [to.health.Watch(health_pb2.HealthCheckRequest()) for _ in range(3)]
+        for watch in watches:
+            assert (await watch.read()).status == SERVING
+        assert not await is_answered()
+        watches.pop().cancel()
+        async with asyncio.timeout(WAIT_S):
+            while not await is_answered():  # noqa: ASYNC110 (the server hears of it when it does)
+                await asyncio.sleep(0.01)
+
+
 class Broken(FunctionBackend):
     """A backend with a bug."""
 

@@ -20,6 +20,7 @@ from hedgerow_cloud.publish.repository import (
     ReleaseRepository,
     sign_targets,
 )
+from hedgerow_edge.trust import LIMITS
 
 
 def entry(model: str, counter: int, content: str = "") -> ManifestEntry:
@@ -194,6 +195,32 @@ def test_each_device_has_metadata_of_its_own(tmp_path: Path, signers: Callable[[
             director.assign(device, [])
 
 
+def test_one_device_with_damaged_metadata_does_not_let_the_others_expire(
+    tmp_path: Path, signers: Callable[[str], Signer]
+) -> None:
+    online = signers("online")
+    director = Director.create(tmp_path, root=[signers("root")], online=online)
+    for device in ("edge-1", "edge-2"):
+        director.register(device)
+    (tmp_path / "devices" / "edge-1" / "1.targets.json").write_bytes(b"{")
+    (tmp_path / "devices" / ".stray").touch()
+    due = Director(tmp_path, online, Lifetimes(targets=timedelta(days=3650)))
+    with pytest.raises(ConfigError, match="metadata of 2 devices is damaged"):
+        due.refresh()
+    assert director.metadata("edge-2", "2.targets.json")
+
+
+def test_no_more_releases_are_signed_than_devices_take(
+    repository: ReleaseRepository, signers: Callable[[str], Signer]
+) -> None:
+    current = repository.metadata("targets.json")
+    assert current is not None
+    entries = [entry("digits", counter) for counter in range(1, 1000)]
+    assert len(sign_targets(repository.root, current, entries[:500], [signers("targets")])) < LIMITS.targets_max_length
+    with pytest.raises(InvalidRelease, match=r"this fleet holds as many releases \(998\) as it can"):
+        sign_targets(repository.root, current, entries, [signers("targets")])
+
+
 def test_key_files_are_private_and_found_by_name(tmp_path: Path) -> None:
     made = keys.generate(tmp_path, "root")
     private = tmp_path / "root.pem"
@@ -203,6 +230,10 @@ def test_key_files_are_private_and_found_by_name(tmp_path: Path) -> None:
         keys.generate(tmp_path, "root")
     with pytest.raises(ConfigError, match="no key called 'other'"):
         keys.load(tmp_path, "other")
+    keys.generate(tmp_path, "half")
+    (tmp_path / "half.json").unlink()  # as a kill between the two files would leave it
+    with pytest.raises(ConfigError, match=r"half\.pem lacks its half\.json: remove it"):
+        keys.load_or_generate(tmp_path, "half")
     private.chmod(0o644)
     with pytest.raises(ConfigError, match=r"chmod 600"):
         keys.load(tmp_path, "root")

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from hedgerow_edge.samples import (
     input_digest,
     to_sample,
 )
-from hedgerow_edge.store import Store
+from hedgerow_edge.store import Outboxed, Store
 
 COLLECT = SampleSettings(collect="escalated", retry_s=0.02)
 
@@ -59,10 +60,14 @@ class Fleet:
 
 def observation(strength: float = 0.5, privacy: Privacy = Privacy.DEFAULT, rows: int = 1) -> Observation:
     def answer(version: str) -> InferResponse:
-        return InferResponse(model="digits", version=version, outputs=(tensor("logits", np.ones((rows, 10))),))
+        outputs = (tensor("logits", np.ones((rows, 10))),)
+        return InferResponse(
+            model="digits", version=version, id="secret id", outputs=outputs, parameters={"trace": "secret"}
+        )
 
+    asked = models.request(models.pixels(*[3] * rows, strength=strength), secret="of the caller")
     return Observation(
-        request=models.request(models.pixels(*[3] * rows, strength=strength), secret="of the caller"),
+        request=replace(asked, id="secret id"),
         edge=answer("4"),
         cloud=answer("9"),
         confidence=0.25,
@@ -178,6 +183,16 @@ async def test_a_sample_that_the_fleet_will_not_have_does_not_hold_up_the_others
     async with running(store, fleet):
         await until_sent(store, fleet, 4)
     assert set(fleet.stored) == {sample.digest for sample in samples} - fleet.unwanted
+
+
+@pytest.mark.parametrize("content", [b"\xff\xff\xff", Sample(digest="of another").SerializeToString()])
+async def test_a_sample_that_rots_in_the_outbox_costs_itself_and_no_other(content: bytes, store: Store) -> None:
+    fleet = Fleet()
+    store.add_samples([Outboxed("digits", "rotten", content)], max_count=9, max_bytes=10_000)
+    async with running(store, fleet) as collector:
+        collector.observe(observation())
+        await until_sent(store, fleet, 1)
+    assert len(fleet.stored) == 1
 
 
 async def test_a_full_disk_costs_samples_and_nothing_else(store: Store) -> None:

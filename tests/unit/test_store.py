@@ -61,6 +61,20 @@ def test_sessions_grow_over_restarts_and_lost_databases_and_full_disks(store: St
         assert [later.next_session(), later.next_session()] == [first + 2, first + 3]
 
 
+def test_a_database_that_somebody_locks_does_not_cost_the_link(store: Store) -> None:
+    first = store.next_session()
+    store._database.execute("pragma busy_timeout = 0")
+    with closing(sqlite3.connect(store.folder / DATABASE, isolation_level=None)) as person:
+        person.execute("begin exclusive")
+        assert [store.next_session(), store.next_session()] == [first + 1, first + 2]
+    assert store.next_session() == first + 3
+
+
+def test_nobody_else_can_read_what_waits(tmp_path: Path) -> None:
+    with closing(Store(tmp_path / "state")) as store:
+        assert store.folder.stat().st_mode & 0o077 == 0
+
+
 def test_a_device_keeps_the_id_it_made_up(store: Store) -> None:
     assert store.device_id("", "edge-7") == "edge-7"
     with closing(again(store)) as later:

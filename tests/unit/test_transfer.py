@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from hashlib import sha256
 from pathlib import Path
 
@@ -187,7 +188,20 @@ async def test_a_full_disk_is_said_before_anything_is_asked_for(bench: Bench, mo
         with pytest.raises(TransferFailed, match=r"0\.onnx: this device's disk is full"):
             await bench.transfer().fetch(bench.file, bench.into)
     assert not bench.source.requests
+    assert bench.part.stat().st_size == 0  # what was to be had of the disk is given back
     await bench.transfer().fetch(bench.file, bench.into)
+
+
+async def test_progress_is_only_told_in_the_thread_of_the_event_loop(bench: Bench) -> None:
+    threads, told = set(), []
+
+    def progress(done: int, size: int) -> None:
+        threads.add(threading.current_thread())
+        told.append((done, size))
+
+    await bench.transfer().fetch(bench.file, bench.into, progress)
+    assert (told[0], told[-1]) == ((0, len(CONTENT)), (len(CONTENT), len(CONTENT)))
+    assert threads == {threading.main_thread()}
 
 
 async def test_what_the_fleet_does_not_have_fails_with_its_reason(bench: Bench) -> None:

@@ -161,7 +161,8 @@ async def test_a_release_below_a_confirmed_one_is_refused(device: Device, publis
     device.floor.raise_floor({"digits": 2})
     publisher.director.assign("edge-1", [first])
     assert await device.refused() == (
-        "the director assigns digits/1, this device has already confirmed digits/2: rolled back"
+        "the director assigns digits/1, this device has already confirmed digits/2: rolled back; "
+        "what is to run again needs a new release with a higher counter"
     )
 
 

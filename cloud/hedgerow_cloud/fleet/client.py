@@ -21,6 +21,8 @@ from hedgerow.rpc import received
 
 TIMEOUT_S = 10.0
 PUBLISH_TIMEOUT_S = 3600.0
+ASSIGN_TIMEOUT_S = 600.0
+"""The fleet signs for one device after the other, and each is on the disk before the next."""
 PART_BYTES = 2**20
 RECONNECT_MS = 100
 """First wait before a connection is tried again: the service may just be starting."""
@@ -88,7 +90,7 @@ class FleetClient:
         """Give a release to `devices`, or to every device known now; gives their ids."""
         request = fleet_pb2.AssignRequest(model=model, counter=counter, devices=devices)
         with self._errors():
-            return self._stub.Assign(request, timeout=self._timeout_s).devices
+            return self._stub.Assign(request, timeout=ASSIGN_TIMEOUT_S).devices
 
     def metadata(self, name: str) -> bytes:
         """The release repository's metadata file `name` ("targets.json")."""
@@ -115,7 +117,8 @@ class FleetClient:
 
     def _named(self, error: HedgerowError) -> HedgerowError:
         if isinstance(error, Unavailable):
-            return BackendUnavailable(f"the fleet service at {self.target} does not answer")
+            why = "" if "connect" in str(error).lower() else f": {error}"  # else it answers, but its disk does not
+            return BackendUnavailable(f"the fleet service at {self.target} does not answer{why}")
         return error
 
 

@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError, Message
 from hedgerow.errors import HedgerowError, InvalidInput, LinkError, NotFound, Overloaded, ReleaseError, Unavailable
 from hedgerow.link import Link, Topics
 from hedgerow.proto import link_pb2
+from hedgerow.release import MAX_CHUNK_BYTES
 from hedgerow_cloud.fleet.blobs import Blobs
 from hedgerow_cloud.fleet.store import Store
 from hedgerow_cloud.publish.repository import Director, ReleaseRepository
@@ -31,8 +32,6 @@ MAX_WAITING = 1024
 """Requests of all devices that wait for a worker or have one."""
 MAX_WAITING_OF_ONE = 4
 MAX_FACTS_WAITING = 20_000
-MAX_CHUNK_BYTES = 60 * 2**10
-"""Some brokers take no message over 64 KiB."""
 MAX_WINDOW = 128
 """Chunks sent for one request."""
 MAX_SAMPLES = 1024
@@ -130,7 +129,9 @@ class Distributor:
 
     def _taker(self, kind: str) -> Callable[[str, bytes, bool], None]:
         def take(topic: str, payload: bytes, _retained: bool) -> None:
-            key = (self._topics.device_of(topic), kind)
+            if not (device := self._device_of(topic)):
+                return
+            key = device, kind
             if key in self._facts or len(self._facts) < MAX_FACTS_WAITING:
                 self._facts[key] = payload
                 self._facts_waiting.set()
@@ -170,8 +171,9 @@ class Distributor:
     # Requests
 
     def _take_request(self, topic: str, payload: bytes, retained: bool) -> None:
-        device = self._topics.device_of(topic)
-        key = (device, "request")
+        if not (device := self._device_of(topic)):
+            return
+        key = device, "request"
         if retained:
             self._complain(key, "is dropped: a request must not be retained")
             return
@@ -287,6 +289,14 @@ class Distributor:
             if not _DIGEST.fullmatch(sample.digest):
                 raise InvalidInput("a sample's digest is not a hex SHA-256")
         return link_pb2.SampleReceipt(digests=self._store.add_samples(device, upload.model, upload.samples))
+
+    def _device_of(self, topic: str) -> str:
+        """The device that a message came from; empty for one whose id could not be a device's."""
+        try:
+            return self._topics.device_of(topic)
+        except LinkError as error:
+            self._complain(("", "message"), f"is dropped, and so are others like it: {error}")
+            return ""
 
     def _read(self, kind: type[M], payload: bytes) -> M:
         try:

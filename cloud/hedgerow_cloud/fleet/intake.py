@@ -15,11 +15,11 @@ import msgspec
 
 from hedgerow import release
 from hedgerow.errors import InvalidRelease
+from hedgerow.link import MAX_METADATA_BYTES
 
 MAX_FILES = 256
 MAX_PATH_BYTES = 255
 """What every file system takes as one name."""
-MAX_TARGETS_BYTES = 4 * 2**20
 
 
 class _Target(msgspec.Struct):
@@ -80,8 +80,8 @@ class Intake:
             raise InvalidRelease(f"{self._open[0]} is not complete")
         if not self._paths:
             raise InvalidRelease("no file came before the signed targets")
-        if len(targets) > MAX_TARGETS_BYTES:
-            raise InvalidRelease(f"targets.json has {len(targets)} bytes; at most {MAX_TARGETS_BYTES} are allowed")
+        if len(targets) > MAX_METADATA_BYTES:
+            raise InvalidRelease(f"targets.json has {len(targets)} bytes; devices take at most {MAX_METADATA_BYTES}")
         folder = self._folder / self._release
         manifest = release.read(folder)
         if manifest.name != self._release:

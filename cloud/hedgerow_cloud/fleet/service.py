@@ -13,7 +13,7 @@ import logging
 import shutil
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Self
@@ -22,10 +22,10 @@ import grpc
 
 from hedgerow import release
 from hedgerow.config import ServerSettings
-from hedgerow.errors import ConfigError, InvalidInput, InvalidRelease, LinkError, NotFound, Overloaded
+from hedgerow.errors import HedgerowError, InvalidInput, InvalidRelease, LinkError, NotFound, Overloaded
 from hedgerow.health import Health, reflection_handler
 from hedgerow.proto import fleet_pb2, link_pb2
-from hedgerow.rpc import Context, generic_handler, parse
+from hedgerow.rpc import Context, generic_handler, listen, parse
 from hedgerow_cloud.fleet.blobs import Blobs
 from hedgerow_cloud.fleet.distribute import Distributor
 from hedgerow_cloud.fleet.intake import Intake
@@ -68,6 +68,7 @@ class FleetService:
         self._incoming = incoming
         self._max_release_bytes = max_release_bytes
         self._publishing = threading.Lock()
+        self._directing = threading.Lock()
         self._uploads = 0
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._closing = False
@@ -91,20 +92,32 @@ class FleetService:
         )
 
     def recover(self) -> None:
-        """Bring to an end what the last run left half done: releases, uploads, assignments. Blocks; call it first."""
+        """Bring to an end what the last run left half done: releases, uploads, assignments. Blocks; call it first.
+
+        One damaged release or device does not keep the others from being served.
+        """
         shutil.rmtree(self._incoming, ignore_errors=True)
         self._incoming.mkdir(parents=True, exist_ok=True)
         known = self._published()
         for path, sha256 in self._releases.releases().items():
             if path not in known:
-                content = self._blobs.read(sha256, 0, release.MAX_MANIFEST_BYTES)
-                if hashlib.sha256(content).hexdigest() != sha256:
-                    raise InvalidRelease(f"the blob of {path} is not what was signed")
-                self._store.add_release(release.parse(content), sha256, len(content))
-                _log.info("%s was signed and is written down now", path)
+                self._write_down(path, sha256)
         self._blobs.keep_only(self._store.blobs())
-        for device in self._store.devices():
-            self._direct(device.id)
+        self._direct([device.id for device in self._store.devices()])
+
+    def _write_down(self, path: str, sha256: str) -> None:
+        """Have the store know a signed release, by its manifest's blob."""
+        try:
+            content = self._blobs.read(sha256, 0, release.MAX_MANIFEST_BYTES)
+            manifest = release.parse(content)
+        except (NotFound, InvalidRelease) as error:
+            _log.error("%s is signed, but cannot be served until it is published again: %s", path, error)
+            return
+        if hashlib.sha256(content).hexdigest() == sha256:
+            self._store.add_release(manifest, sha256, len(content))
+            _log.info("%s was signed and is written down now", path)
+        else:
+            _log.error("%s is not what was signed, and cannot be served until it is published again", path)
 
     def close(self) -> None:
         """End what would run on for ever."""
@@ -201,10 +214,10 @@ class FleetService:
                     raise InvalidInput("a part of the upload is neither a file's nor the targets")
 
     def _take_in(self, intake: Intake, targets: bytes) -> fleet_pb2.Release:
-        """Check the upload and make it count. In one thread from start to end: the caller may leave, this does not."""
+        """Check the upload and make it count. In one thread from start to end, so that nothing comes in between."""
         with self._publishing:
             checked = intake.check(targets, self._published())
-            new: list[str] = []
+            path, new = f"{checked.manifest.name}/{release.MANIFEST}", list[str]()
             try:
                 for sha256, file in checked.files.items():
                     if self._blobs.take(file, sha256):
@@ -212,8 +225,9 @@ class FleetService:
                 self._blobs.sync()
                 self._releases.accept(targets)
             except BaseException:
-                for sha256 in new:
-                    self._blobs.drop(sha256)
+                if path not in self._releases.releases():  # the disk may have failed after it became current
+                    for sha256 in new:
+                        self._blobs.drop(sha256)
                 raise
             published = self._store.add_release(checked.manifest, checked.manifest_sha256, checked.manifest_bytes)
             _log.info("release %s is published: %d bytes", checked.manifest.name, checked.manifest.bytes)
@@ -233,16 +247,32 @@ class FleetService:
         if not devices:
             raise NotFound("no device has been seen yet")
         await asyncio.to_thread(self._store.assign, devices, request.model, request.counter)
+        undirected = await asyncio.to_thread(self._direct, devices)
         for device in devices:
-            await asyncio.to_thread(self._direct, device)
             self._changed(device)
         _log.info("release %s/%d is assigned to %d devices", request.model, request.counter, len(devices))
         await _if_linked(lambda: self._distributor.command(devices))
+        if undirected:
+            raise HedgerowError(
+                f"{len(undirected)} of {len(devices)} devices cannot be told of it, {undirected[0]} first: the "
+                "director's metadata cannot be signed; the fleet's log says why. Then assign it again"
+            )
         return fleet_pb2.AssignResponse(devices=devices)
 
-    def _direct(self, device: str) -> None:
-        """Sign what `device` is assigned, if that is not what its director metadata says already."""
-        self._director.assign(device, self._store.assignments(device))
+    def _direct(self, devices: Sequence[str]) -> list[str]:
+        """Sign what each of `devices` is assigned, unless its director metadata says so; those where that failed.
+
+        In one thread from start to end: the caller may leave, this does not.
+        """
+        failed = []
+        for device in devices:
+            try:
+                with self._directing:  # or, of two at once, the one that read first could sign last
+                    self._director.assign(device, self._store.assignments(device))
+            except (HedgerowError, OSError) as error:
+                _log.error("what %s is assigned cannot be signed: %s", device, error)
+                failed.append(device)
+        return failed
 
     # Samples
 
@@ -282,11 +312,7 @@ class FleetServer:
         self._server.add_generic_rpc_handlers(
             (self._service.handler, health.handler, reflection_handler([SERVICE], files))
         )
-        wanted = f"{self._settings.host}:{self._settings.port}"
-        try:
-            self.port = self._server.add_insecure_port(wanted)
-        except RuntimeError as error:
-            raise ConfigError(f"server.host, server.port: cannot listen on {wanted}; is it taken?") from error
+        self.port = listen(self._server, self._settings)
         await self._server.start()
         _log.info("the fleet service listens on %s:%d", self._settings.host, self.port)
         return self

@@ -20,7 +20,7 @@ from typing import Any
 
 from sqlalchemy import create_engine, delete, event, func, select
 from sqlalchemy.exc import DatabaseError, OperationalError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, selectinload
 
 from hedgerow.errors import ConfigError, InvalidRelease, NotFound, Overloaded, Unavailable
 from hedgerow.proto import fleet_pb2, link_pb2
@@ -120,7 +120,8 @@ class Store:
     def devices(self) -> list[fleet_pb2.Device]:
         """Every device, by id."""
         with self._transaction() as session:
-            return [_device_message(row) for row in session.scalars(select(DeviceRow).order_by(DeviceRow.id))]
+            whole = select(DeviceRow).options(selectinload(DeviceRow.models), selectinload(DeviceRow.assigned))
+            return [_device_message(row) for row in session.scalars(whole.order_by(DeviceRow.id))]
 
     def device(self, device: str) -> fleet_pb2.Device:
         """One device; raises `NotFound`."""

@@ -29,8 +29,10 @@ def generate(folder: Path, name: str) -> Signer:
     """A new ed25519 key called `name` in `folder`; raises `ConfigError` if there is one."""
     checked_id(name, "key")
     private, described = folder / f"{name}.pem", folder / f"{name}.json"
-    if private.exists() or described.exists():
+    if described.exists():
         raise ConfigError(f"there is a key called {name!r} already")
+    if private.exists():
+        raise ConfigError(f"{private} lacks its {described.name}: remove it, if the making of keys was cut off")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     signer = CryptoSigner.generate_ed25519()
     write_durably(private, signer.private_bytes, mode=0o600)

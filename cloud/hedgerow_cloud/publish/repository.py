@@ -31,9 +31,9 @@ from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
 
 from hedgerow import release
-from hedgerow.durable import write_durably
-from hedgerow.errors import ConfigError, InvalidRelease, UntrustedRelease
-from hedgerow.link import checked_id
+from hedgerow.durable import sync_folder, write_durably
+from hedgerow.errors import ConfigError, HedgerowError, InvalidRelease, UntrustedRelease
+from hedgerow.link import MAX_METADATA_BYTES, checked_id
 
 KEPT_VERSIONS = 8
 """Older targets and snapshots stay this long, for devices that are in the middle of a check."""
@@ -109,7 +109,13 @@ def sign_targets(
         if signer.public_key.keyid not in trusted.signed.roles["targets"].keyids:
             raise UntrustedRelease(f"key {signer.public_key.keyid[:12]}… may not sign releases")
         targets.sign(signer, append=True)
-    return targets.to_bytes()
+    content = targets.to_bytes()
+    if len(content) > MAX_METADATA_BYTES:
+        raise InvalidRelease(
+            f"this fleet holds as many releases ({len(targets.signed.targets) - 1}) as it can: devices take no targets "
+            f"metadata over {MAX_METADATA_BYTES} bytes"
+        )
+    return content
 
 
 class ReleaseRepository:
@@ -254,20 +260,31 @@ class Director:
         return self._root.read(name) if name.endswith(".root.json") else self._of(device).read(name)
 
     def refresh(self) -> list[str]:
-        """Sign what would expire again; the devices whose metadata is new. To be called a few times a day."""
-        renewed = []
-        for folder in sorted(self._devices.iterdir()) if self._devices.is_dir() else []:
-            with self._lock:
-                device = self._of(folder.name)
-                if not device.exists():
-                    continue
-                targets = device.targets().signed
-                if _due(targets, self._lifetimes.targets):
-                    self._commit(folder.name, self._assigned(folder.name), targets.version + 1)
-                elif not device.refresh():
-                    continue
-                renewed.append(folder.name)
+        """Sign what would expire again; the devices whose metadata is new. To be called a few times a day.
+
+        Raises `ConfigError`, once all others are done, if some device's metadata is damaged.
+        """
+        renewed, damaged = [], []
+        for name in sorted(folder.name for folder in self._devices.iterdir()) if self._devices.is_dir() else []:
+            try:
+                if self._refresh(name):
+                    renewed.append(name)
+            except (HedgerowError, RepositoryError) as error:
+                damaged.append(f"{name}: {error}")
+        if damaged:
+            raise ConfigError(f"the director's metadata of {len(damaged)} devices is damaged: {damaged[0]}")
         return renewed
+
+    def _refresh(self, name: str) -> bool:
+        with self._lock:
+            device = self._of(name)
+            if not device.exists():
+                return False
+            targets = device.targets().signed
+            if not _due(targets, self._lifetimes.targets):
+                return device.refresh()
+            self._commit(name, self._assigned(name), targets.version + 1)
+            return True
 
     def _of(self, device: str) -> "_MetadataSet":
         return _MetadataSet(self._devices / checked_id(device, "device"), self._online, self._lifetimes)
@@ -320,7 +337,10 @@ class _MetadataSet:
     def commit(self, targets: Metadata[Targets], content: bytes | None = None) -> None:
         """Make `targets` (signed, with these very bytes if given) current. The timestamp, last, makes it count."""
         content = content or targets.to_bytes()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        if not self._folder.is_dir():
+            self._folder.mkdir(parents=True)
+            for folder in (self._folder.parent, self._folder.parent.parent):
+                sync_folder(folder)
         self._write(f"{targets.signed.version}.targets.json", content)
         self._sign_snapshot(MetaFile.from_data(targets.signed.version, content, ["sha256"]))
         self._prune()
