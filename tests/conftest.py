@@ -4,7 +4,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from simulators import brokers
+
+settings.register_profile("hedgerow", deadline=None)  # how long an example takes says more of the machine than of us
+settings.load_profile("hedgerow")
 
 
 @pytest.fixture(params=brokers.KINDS)

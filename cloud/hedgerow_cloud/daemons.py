@@ -24,7 +24,7 @@ async def fleet(config: Path, stop: asyncio.Event) -> None:
     from hedgerow_cloud.fleet.distribute import Distributor
     from hedgerow_cloud.fleet.service import FleetServer, FleetService
     from hedgerow_cloud.fleet.store import Store
-    from hedgerow_cloud.provision import open_repositories
+    from hedgerow_cloud.publish.provision import open_repositories
     from hedgerow_cloud.settings import FleetSettings
 
     settings = load(FleetSettings, config)
@@ -67,7 +67,7 @@ def broker(config: Path) -> int:
     """Become the embedded MQTT broker, which needs no event loop of ours; returns only an exit code, on an error."""
     configure_logging()
     try:
-        from hedgerow_cloud import broker as embedded
+        from hedgerow_cloud.local import broker as embedded
         from hedgerow_cloud.settings import EmbeddedBrokerSettings
 
         settings = load(EmbeddedBrokerSettings, config)

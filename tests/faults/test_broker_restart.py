@@ -17,10 +17,10 @@ from hedgerow.config import BrokerSettings
 from hedgerow.errors import DeadlineExceeded
 from hedgerow.proto import fleet_pb2
 from hedgerow.release import CHUNK_BYTES, Manifest, Variant
-from hedgerow_cloud import provision
 from hedgerow_cloud.fleet.client import FleetClient
-from hedgerow_cloud.linkshaper import LinkShaper
-from hedgerow_cloud.stack import Stack
+from hedgerow_cloud.local.linkshaper import LinkShaper
+from hedgerow_cloud.local.stack import Stack
+from hedgerow_cloud.publish import provision
 
 DEVICE = "here"
 WEIGHTS_BYTES = 16 * 2**20

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hedgerow.errors import ConfigError, Unavailable
-from hedgerow_cloud.broker import EmbeddedBroker, configure, free_port
+from hedgerow_cloud.local.broker import EmbeddedBroker, configure, free_port
 
 
 def listening(pid: int) -> set[str]:
@@ -26,7 +26,7 @@ def listening(pid: int) -> set[str]:
 
 async def test_it_listens_on_loopback_only_and_ends_at_sigterm(tmp_path: Path) -> None:
     port = free_port()
-    code = f"from pathlib import Path; from hedgerow_cloud import broker; broker.run(Path({str(tmp_path)!r}), {port})"
+    code = f"from hedgerow_cloud.local import broker; broker.run(broker.Path({str(tmp_path)!r}), {port})"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
     try:
         async with asyncio.timeout(20):

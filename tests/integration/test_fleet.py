@@ -19,9 +19,8 @@ from hedgerow import release
 from hedgerow.errors import HedgerowError, InvalidInput, NotFound
 from hedgerow.proto import fleet_pb2, fleet_pb2_grpc
 from hedgerow.proto.link_pb2 import ChunkRequest, Command, ModelStatus, Request, Sample, SampleUpload, Status
-from hedgerow_cloud import provision
-from hedgerow_cloud.broker import free_port
-from hedgerow_cloud.publish import keys
+from hedgerow_cloud.local.broker import free_port
+from hedgerow_cloud.publish import keys, provision
 from hedgerow_cloud.publish.repository import ManifestEntry, sign_targets
 
 CONTENT = random.Random(1).randbytes(200_000)

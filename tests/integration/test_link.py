@@ -24,7 +24,7 @@ from simulators import brokers
 from hedgerow.config import BrokerSettings
 from hedgerow.errors import ConfigError, LinkError
 from hedgerow.link import MAX_PAYLOAD_BYTES, Link, Topics, Will, _Connection
-from hedgerow_cloud.broker import free_port
+from hedgerow_cloud.local.broker import free_port
 
 TOPICS = Topics("test.fleet")
 WAIT_S = 20

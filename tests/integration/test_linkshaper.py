@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from hedgerow_cloud.linkshaper import LinkShaper, read_counts
+from hedgerow_cloud.local.linkshaper import LinkShaper, read_counts
 
 RTT_S = 0.04
 Address = tuple[str, int]

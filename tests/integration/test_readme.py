@@ -15,7 +15,7 @@ from simulators import models
 from hedgerow.backend import Deadline
 from hedgerow.client import Client
 from hedgerow.config import environment
-from hedgerow_cloud.broker import free_port
+from hedgerow_cloud.local.broker import free_port
 
 README = Path(__file__).parents[2] / "README.md"
 CLOUD, EDGE = "127.0.0.1:8003", "127.0.0.1:8001"

@@ -8,7 +8,7 @@ from simulators import brokers
 
 from hedgerow.backend import Deadline
 from hedgerow_cloud.fleet.client import FleetClient
-from hedgerow_cloud.stack import Stack
+from hedgerow_cloud.local.stack import Stack
 
 WAIT_S = 30
 POLL_S = 0.05

@@ -11,7 +11,7 @@ from subprocess import DEVNULL, Popen
 from typing import Protocol
 
 from hedgerow.config import BrokerSettings, variable
-from hedgerow_cloud.broker import HOST, EmbeddedBroker, free_port
+from hedgerow_cloud.local.broker import HOST, EmbeddedBroker, free_port
 
 KINDS = ("embedded", "mosquitto")
 

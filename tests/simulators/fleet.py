@@ -11,9 +11,10 @@ from hedgerow.errors import Unavailable
 from hedgerow.link import Link, Topics
 from hedgerow.proto.link_pb2 import Birth, Command
 from hedgerow.release import Manifest, Variant
-from hedgerow_cloud import daemons, provision
-from hedgerow_cloud.broker import free_port
+from hedgerow_cloud import daemons
 from hedgerow_cloud.fleet.client import FleetClient
+from hedgerow_cloud.local.broker import free_port
+from hedgerow_cloud.publish import provision
 from hedgerow_edge.exchange import Exchange
 from hedgerow_edge.transfer import Transfer
 from hedgerow_edge.trust import Trust

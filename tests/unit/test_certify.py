@@ -77,7 +77,7 @@ calibration_sets = st.integers(150, 400).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(calibration_sets)
 def test_a_looser_promise_never_sends_more_to_the_cloud(data: tuple[list[float], set[int]]) -> None:
     scores = np.array(data[0])
@@ -99,7 +99,6 @@ def test_a_looser_promise_never_sends_more_to_the_cloud(data: tuple[list[float],
             assert upper_bound(errors, len(scores), 0.05) > choice.epsilon
 
 
-@settings(deadline=None)
 @given(st.integers(1, 500), st.data(), st.floats(0.001, 0.5))
 def test_bounds_are_those_of_the_binomial_distribution(n: int, data: st.DataObject, delta: float) -> None:
     k = data.draw(st.integers(0, n))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hedgerow_cloud import console
+from hedgerow_cloud.cli import console
 
 ROW = ("edge-1", "no, 12 min ago", "digits/1\nwords/12", "digits/2\nwords/12", "digits/2 probation", "intel-openvino")
 

@@ -13,13 +13,12 @@ from hedgerow import release
 from hedgerow.config import BrokerSettings
 from hedgerow.link import Link, Topics
 from hedgerow.proto import link_pb2
-from hedgerow_cloud import provision
 from hedgerow_cloud.fleet.blobs import Blobs
 from hedgerow_cloud.fleet.distribute import Distributor
 from hedgerow_cloud.fleet.intake import Intake
 from hedgerow_cloud.fleet.service import FleetService
 from hedgerow_cloud.fleet.store import Store
-from hedgerow_cloud.publish import repository
+from hedgerow_cloud.publish import provision, repository
 
 
 class Rooms:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hedgerow.errors import ConfigError, InvalidRelease, NotFound, Overloaded
@@ -86,7 +86,6 @@ def test_facts_never_go_back_whatever_the_order(tmp_path: Path) -> None:
     store = Store(tmp_path / "fleet.db")
     devices = itertools.count()
 
-    @settings(deadline=None)
     @given(facts=FACTS)
     def check(facts: list[Status]) -> None:
         device, newest = f"d{next(devices)}", (0, 0)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from google.protobuf.descriptor import Descriptor, EnumDescriptor
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tritonclient.grpc import model_config_pb2, service_pb2
@@ -75,7 +75,6 @@ def same(a: Tensor, b: Tensor) -> bool:
 UNIQUE = st.lists(tensors(), max_size=3, unique_by=lambda one: one.name).map(tuple)
 
 
-@settings(deadline=None)
 @given(UNIQUE, st.lists(st.text(min_size=1, max_size=5), unique=True, max_size=2).map(tuple), PARAMETERS, st.text())
 def test_a_request_survives_the_wire(
     inputs: tuple[Tensor, ...], outputs: tuple[str, ...], parameters: dict[str, Any], identity: str
@@ -92,7 +91,6 @@ def test_a_request_survives_the_wire(
     assert all(map(same, got.inputs, inputs))
 
 
-@settings(deadline=None)
 @given(UNIQUE, PARAMETERS)
 def test_an_answer_survives_the_wire(outputs: tuple[Tensor, ...], parameters: dict[str, Any]) -> None:
     sent = InferResponse(model="m", version="3", id="i", outputs=outputs, parameters=parameters)
@@ -102,7 +100,6 @@ def test_an_answer_survives_the_wire(outputs: tuple[Tensor, ...], parameters: di
     assert all(map(same, got.outputs, outputs))
 
 
-@settings(deadline=None)
 @given(tensors(tuple(TYPED_FIELD)))
 def test_typed_contents_are_read_like_raw_ones(one: Tensor) -> None:
     message = oip_pb2.ModelInferRequest(model_name="m")
@@ -123,7 +120,6 @@ def test_typed_contents_are_read_like_raw_ones(one: Tensor) -> None:
     assert same(response_from_proto(answer).outputs[0], got)
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from([*DATATYPES, "FP33", ""]),
     st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 3), max_size=4),

@@ -11,12 +11,13 @@ from hedgerow import release
 from hedgerow.client import Client
 from hedgerow.errors import DeadlineExceeded
 from hedgerow.proto import fleet_pb2, link_pb2
-from hedgerow_cloud import console, provision
+from hedgerow_cloud.cli import console
 from hedgerow_cloud.fleet.client import FleetClient
 from hedgerow_cloud.learn import data
 from hedgerow_cloud.learn.pipeline import MODEL
-from hedgerow_cloud.linkshaper import read_counts
-from hedgerow_cloud.stack import Stack
+from hedgerow_cloud.local.linkshaper import read_counts
+from hedgerow_cloud.local.stack import Stack
+from hedgerow_cloud.publish import provision
 
 DEVICE: Final = "here"
 

@@ -1,7 +1,7 @@
 """The steps of the story, in their order.
 
-Broker, fleet service, large model, simulated link and device are processes of their own (`hedgerow_cloud.stack`). What
-is reported comes from inference over gRPC, in this run, on images that nothing was trained on.
+Broker, fleet service, large model, simulated link and device are processes of their own (`hedgerow_cloud.local.stack`).
+What is reported comes from inference over gRPC, in this run, on images that nothing was trained on.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hedgerow.policies import Privacy, Tier
 from hedgerow.proto import fleet_pb2, link_pb2
-from hedgerow_cloud import console
+from hedgerow_cloud.cli import console
 from hedgerow_cloud.demo import attack
 from hedgerow_cloud.demo.scene import DEVICE, Scene, say, say_indented
 from hedgerow_cloud.demo.traffic import Traffic, stream
@@ -23,7 +23,7 @@ from hedgerow_cloud.fleet.client import FleetClient
 from hedgerow_cloud.learn import data
 from hedgerow_cloud.learn.certify import lower_bound
 from hedgerow_cloud.learn.pipeline import MODEL, Outcome, first_release, next_release
-from hedgerow_cloud.stack import Stack
+from hedgerow_cloud.local.stack import Stack
 
 EPSILON = 0.02
 DELTA = 0.05

@@ -66,8 +66,8 @@ def up(
     ] = "",
 ) -> None:
     """Run broker, fleet service, large model and one device on this machine, until Ctrl-C."""
-    from hedgerow_cloud import console
-    from hedgerow_cloud.stack import Stack, default_home
+    from hedgerow_cloud.cli import console
+    from hedgerow_cloud.local.stack import Stack, default_home
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: nothing may stay behind
         signal.signal(number, signal.default_int_handler)
@@ -97,8 +97,8 @@ def up(
 @app.command()
 def down(home: Home = None) -> None:
     """Stop what `up`, or `demo --keep`, left running."""
-    from hedgerow_cloud import console
-    from hedgerow_cloud.stack import Stack
+    from hedgerow_cloud.cli import console
+    from hedgerow_cloud.local.stack import Stack
 
     stack = Stack(home or _home())
     running = stack.running()
@@ -109,7 +109,7 @@ def down(home: Home = None) -> None:
 @app.command()
 def devices(fleet: Fleet = "", json: Json = False) -> None:
     """List the devices and what each of them runs."""
-    from hedgerow_cloud import console
+    from hedgerow_cloud.cli import console
 
     with _fleet(fleet) as client:
         found = client.devices()
@@ -140,7 +140,7 @@ def releases(
     model: Annotated[str, typer.Argument(help="Only of this model.")] = "", fleet: Fleet = "", json: Json = False
 ) -> None:
     """List the published releases."""
-    from hedgerow_cloud import console
+    from hedgerow_cloud.cli import console
 
     with _fleet(fleet) as client:
         found = client.releases(model)
@@ -174,7 +174,8 @@ def publish(
 ) -> None:
     """Sign a release with the offline keys and upload it."""
     from hedgerow import release
-    from hedgerow_cloud import console, provision
+    from hedgerow_cloud.cli import console
+    from hedgerow_cloud.publish import provision
 
     manifest = release.read(release_dir)
     with _fleet(fleet) as client:
@@ -200,7 +201,7 @@ def assign(
     json: Json = False,
 ) -> None:
     """Give a release to devices."""
-    from hedgerow_cloud import console
+    from hedgerow_cloud.cli import console
 
     with _fleet(fleet) as client:
         before = {known.id: known.trust for known in client.devices()} if wait else {}
@@ -225,7 +226,7 @@ def infer(
 ) -> None:
     """Ask a model about a file: the answer, how sure it is, who gave it, and why."""
     from hedgerow.client import Client
-    from hedgerow_cloud import console, picture
+    from hedgerow_cloud.cli import console, picture
 
     if not file.is_file():
         raise InvalidInput(f"there is no file {file}")
@@ -256,8 +257,8 @@ def doctor(home: Home = None, fleet: Fleet = "", server: Server = "", json: Json
     """Say what is installed, what this machine is, what can be reached, and what is missing."""
     from dataclasses import asdict
 
-    from hedgerow_cloud import console
-    from hedgerow_cloud.doctor import examine
+    from hedgerow_cloud.cli import console
+    from hedgerow_cloud.cli.doctor import examine
 
     checks = list(examine(home or _home(), _target(fleet, "fleet"), _target(server, "server")))
     if json:
@@ -289,7 +290,8 @@ def keys_init(
     home: Annotated[Path, typer.Option(help="Folder of the fleet service: `home` in its settings.")],
 ) -> None:
     """Make the keys and roots of a fleet."""
-    from hedgerow_cloud import console, provision
+    from hedgerow_cloud.cli import console
+    from hedgerow_cloud.publish import provision
 
     provision.create(keys, home)
     console.note(f"offline keys, and the roots that devices are given: {keys}")
@@ -337,7 +339,7 @@ def _fleet(option: str) -> "FleetClient":
 
 def _target(option: str, what: str) -> str:
     """Where to call: the option, the environment, what `up` made, or the usual port."""
-    from hedgerow_cloud.stack import STACK, Stack
+    from hedgerow_cloud.local.stack import STACK, Stack
 
     named = option or variable(f"HEDGEROW_{what.upper()}")
     if not named and (_home() / STACK).exists():
@@ -356,7 +358,7 @@ def _address(text: str, option: str) -> tuple[str, int]:
 
 
 def _home() -> Path:
-    from hedgerow_cloud.stack import current_home
+    from hedgerow_cloud.local.stack import current_home
 
     return current_home()
 
@@ -381,7 +383,7 @@ def _wait(client: "FleetClient", device: str, model: str, counter: int, timeout_
 
     `distrust` is why it refused updates before, if it did.
     """
-    from hedgerow_cloud import console
+    from hedgerow_cloud.cli import console
 
     last = None
     with console.progress(f"{device}: {model}/{counter}") as advance:

@@ -1,7 +1,7 @@
 """Everything on one machine: broker, fleet service, large models and one device, each a process of its own.
 
-Where a round-trip time is asked for, a simulated link (`hedgerow_cloud.linkshaper`) stands between device and large
-models.
+Where a round-trip time is asked for, a simulated link (`hedgerow_cloud.local.linkshaper`) stands between device and
+large models.
 
 ::
 
@@ -30,8 +30,8 @@ import msgspec
 from hedgerow.config import BrokerSettings, Port, Settings, load, variable
 from hedgerow.durable import write_durably
 from hedgerow.errors import ConfigError, HedgerowError
-from hedgerow_cloud import probes
-from hedgerow_cloud.children import Child
+from hedgerow_cloud.local import probes
+from hedgerow_cloud.local.children import Child
 
 HOST = "127.0.0.1"
 ORDER = ("broker", "fleet", "serve", "link", "edge")
@@ -98,7 +98,7 @@ class Stack:
     @classmethod
     def provision(cls, home: Path, *, device: str = "here", fleet: str = "home", rtt_ms: float = 0.0) -> Self:
         """The stack in `home`; made with these settings if there is none: addresses, keys, repositories."""
-        from hedgerow_cloud import provision
+        from hedgerow_cloud.publish import provision
 
         if not (home / STACK).exists():
             home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -208,7 +208,14 @@ class Stack:
         if name == "link":
             ports = self.settings.ports
             listen = ["--listen", str(ports.link), "--stats", str(ports.link_stats), "--to", self.address("serve")]
-            return [sys.executable, "-m", "hedgerow_cloud.linkshaper", *listen, "--rtt-ms", str(self.settings.rtt_ms)]
+            return [
+                sys.executable,
+                "-m",
+                "hedgerow_cloud.local.linkshaper",
+                *listen,
+                "--rtt-ms",
+                str(self.settings.rtt_ms),
+            ]
         config = self.home / f"{name}.toml"
         _write(config, self._settings_of(name))
         if name == "edge":

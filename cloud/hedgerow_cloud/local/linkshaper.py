@@ -3,7 +3,7 @@
 Each direction holds every byte back for half the round trip, in order, and counts it. A second port answers each
 connection with the counts as one JSON object: ``{"up_bytes": ..., "down_bytes": ..., "connections": ...}``.
 
-    python -m hedgerow_cloud.linkshaper --listen 9001 --to 127.0.0.1:8001 --rtt-ms 40 --stats 9002
+    python -m hedgerow_cloud.local.linkshaper --listen 9001 --to 127.0.0.1:8001 --rtt-ms 40 --stats 9002
 """
 
 import argparse
