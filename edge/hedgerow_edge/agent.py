@@ -69,7 +69,7 @@ async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> Non
         store = Store(settings.state(base))
         stack.callback(store.close)
         device = checked_id(store.device_id(settings.device.id, f"edge-{secrets.token_hex(4)}"), "device")
-        profile = profiles.load(settings.device.profile) if settings.device.profile else profiles.detect()
+        profile = profiles.choose(settings.device.profile)
         _log.info("this is %s of fleet %s, profile %s", device, settings.device.fleet, profile.name)
         host = ModelHost(settings.host)
         stack.push_async_callback(host.close)

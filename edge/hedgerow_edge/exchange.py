@@ -1,7 +1,7 @@
 """Asking the fleet: requests over the link, and the answers that belong to them.
 
-Requests and answers may be lost or doubled. An answer is matched to its request by id; silence is a `LinkError`, and
-whoever asked decides whether to ask again.
+Requests and answers may be lost or doubled. An answer is matched to its request by id. Silence is a `LinkError`, and so
+is, at once, the end of the connection; whoever asked decides whether to ask again.
 """
 
 import asyncio
@@ -21,6 +21,9 @@ METADATA_ATTEMPTS = 3
 """How often one metadata file is asked for before silence counts as such."""
 ANSWERS_WAITING = 256
 """Answers to one request that wait to be read; more are dropped and will be asked for again."""
+
+_Answers = asyncio.Queue[Response | None]
+"""None: the connection has ended, and no more will come. There is always a place for it."""
 
 _REFUSALS: dict[int, type[HedgerowError]] = {
     Refusal.NOT_FOUND: NotFound,
@@ -42,14 +45,19 @@ class Exchange:
         self._link = link
         self._topic = topics.request(device)
         self._session = session
-        self._waiting: dict[str, asyncio.Queue[Response]] = {}
+        self._waiting: dict[str, _Answers] = {}
         link.subscribe(topics.response(device), self._receive)
+        link.on_disconnected(self._give_up)
+
+    async def ready(self) -> None:
+        """Return when there is a connection to ask over."""
+        await self._link.wait_connected()
 
     async def ask(self, request: Request, timeout_s: float = ASK_TIMEOUT_S) -> Response:
         """The answer to `request`, whose `id` and `session` are filled in here.
 
-        Raises `LinkError` when there is no connection or no answer in time, and for a refusal the error it stands for:
-        `NotFound`, `InvalidInput`, `Overloaded`, or `LinkError` when the fleet failed.
+        Raises `LinkError` when there is no connection or no answer in time, when the connection ends before, and for a
+        refusal the error it stands for: `NotFound`, `InvalidInput`, `Overloaded`, or `LinkError` when the fleet failed.
         """
         with self._conversation() as (name, answers):
             return await self._first(name, answers, request, timeout_s)
@@ -85,7 +93,7 @@ class Exchange:
                     return
                 response = await self._next(answers, timeout_s)
 
-    async def _first(self, name: str, answers: asyncio.Queue[Response], request: Request, timeout_s: float) -> Response:
+    async def _first(self, name: str, answers: _Answers, request: Request, timeout_s: float) -> Response:
         filled = Request()
         filled.CopyFrom(request)
         filled.id, filled.session = name, self._session()
@@ -93,21 +101,23 @@ class Exchange:
         return await self._next(answers, timeout_s)
 
     @staticmethod
-    async def _next(answers: asyncio.Queue[Response], timeout_s: float) -> Response:
+    async def _next(answers: _Answers, timeout_s: float) -> Response:
         try:
             async with asyncio.timeout(timeout_s):
                 response = await answers.get()
         except TimeoutError as error:
             raise LinkError(f"the fleet did not answer within {timeout_s:g} s") from error
+        if response is None:
+            raise LinkError("the connection ended before the fleet answered")
         if response.HasField("refusal"):
             refusal = response.refusal
             raise _REFUSALS.get(refusal.code, LinkError)(f"the fleet refused: {refusal.message}")
         return response
 
     @contextmanager
-    def _conversation(self, sha256: str = "") -> Iterator[tuple[str, asyncio.Queue[Response]]]:
+    def _conversation(self, sha256: str = "") -> Iterator[tuple[str, _Answers]]:
         """A new request id and the queue of its answers, and of late chunks of the file `sha256` asked for earlier."""
-        name, answers = uuid.uuid4().hex, asyncio.Queue[Response](ANSWERS_WAITING)
+        name, answers = uuid.uuid4().hex, _Answers(ANSWERS_WAITING + 1)
         names = (name, sha256) if sha256 else (name,)
         self._waiting.update(dict.fromkeys(names, answers))
         try:
@@ -125,7 +135,12 @@ class Exchange:
         answers = self._waiting.get(response.id) or self._waiting.get(response.chunk.sha256)
         if answers is None:
             _log.debug("an answer on %s that nobody waits for any more", topic)
-        elif answers.full():
+        elif answers.qsize() >= ANSWERS_WAITING:
             _log.debug("an answer on %s too many", topic)
         else:
             answers.put_nowait(response)
+
+    def _give_up(self) -> None:
+        for answers in self._waiting.values():
+            if not answers.full():  # else it was told already
+                answers.put_nowait(None)

@@ -41,7 +41,7 @@ class Phase(StrEnum):
     ACTIVATING = "activating"
     """It takes over."""
     PROBATION = "probation"
-    """It serves, and must do so without faults for a while."""
+    """It serves, and must do so without repeated faults for a while."""
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +76,7 @@ class Install(msgspec.Struct, frozen=True, kw_only=True):
     crashes: int = 0
     """Process deaths spent on the target."""
     reason: str = ""
-    """Why the last failure was one; empty after a success."""
+    """Why the last failure was one; empty after a success, and once another release is assigned."""
     rejected: tuple[Rejection, ...] = ()
 
     @property
@@ -133,7 +133,7 @@ class Activated(msgspec.Struct, frozen=True):
 
 
 class Passed(msgspec.Struct, frozen=True):
-    """The probation is over without a fault."""
+    """The probation is over, and the target has stood it."""
 
 
 class Rejected(msgspec.Struct, frozen=True):
@@ -155,7 +155,7 @@ class Died(msgspec.Struct, frozen=True):
 
 
 class Broken(msgspec.Struct, frozen=True):
-    """The active release's files do not match their digests, or cannot be loaded any more."""
+    """The active release's files are not there or do not match their digests."""
 
     reason: str
 
@@ -254,7 +254,7 @@ def step(now: Install, event: Event) -> Install:
             changes = {"target": None, "crashes": 0, "reason": reason}
             changes["rejected"] = (*now.rejected, entry)[-MAX_REJECTED:]
         case Superseded():
-            changes = {"target": None, "crashes": 0}
+            changes = {"target": None, "crashes": 0, "reason": ""}
         case Died():
             changes = {"crashes": now.crashes + (now.phase in LOADED)}
         case Broken():

@@ -6,12 +6,13 @@ Each step is journalled before it is done (`hedgerow_edge.install` says what may
     staged       waiting there, verified again               slots
     proving      loaded beside what serves, probes           host, proof
     activating   swapped in, its gate with it                host, router
-    probation    live traffic without faults                 host
+    probation    live traffic without repeated faults        host
 
 and then confirmed: the new active release; or rejected: the active one serves on, or again, and the reason is kept.
 
 What goes wrong with the release itself is final for its manifest. What goes wrong on the way to it (the link, the disk,
-chunks damaged in transit) is tried again later. Either way the device keeps what it has.
+chunks damaged in transit) is tried again later. Either way the device keeps what it has. The active release is given up
+only if its files are damaged; one that cannot be loaded for now is tried again at each check and each start.
 """
 
 import asyncio
@@ -65,9 +66,11 @@ class UpdateSettings(Settings, frozen=True, kw_only=True):
     """How releases come in."""
 
     probation_s: Seconds = 30.0
-    """A release is confirmed after this time without faults,"""
+    """A release is confirmed after this time,"""
     probation_requests: Count = 200
-    """or after this many answers, whichever comes first."""
+    """or after this many answers, whichever comes first;"""
+    probation_faults: Count = 3
+    """and rejected at this many faults (crashes, answers that are not finite): a single one may be an odd input's."""
     poll_s: Seconds = 900.0
     """How often to ask for news without having been told of any."""
     retry_s: Seconds = 15.0
@@ -114,6 +117,8 @@ class Installer:
         self._transferred: dict[str, _Transferred] = {}
         self._assigned_again: dict[str, Rejection | None] = {}
         """By model: why what is assigned is not taken, if it was rejected before."""
+        self._unloaded: dict[str, str] = {}
+        """By model: why the active release, which is whole, cannot be loaded for now."""
 
     @property
     def fetching(self) -> bool:
@@ -139,8 +144,13 @@ class Installer:
             await self._serve_active(model)
 
     async def finish_begun(self) -> None:
-        """Bring to life what is staged. Needs no link, and must not: without it there may be no model at all."""
+        """Bring to life what is staged, and serve what could not be loaded before.
+
+        Needs no link, and must not: without it there may be no model at all.
+        """
         for model in tuple(self._installs):
+            if model in self._unloaded:
+                await self._serve_active(model)
             await self._bring_to_life(model)
 
     async def take(self, assigned: Assigned, transfer: Transfer) -> bool:
@@ -249,6 +259,7 @@ class Installer:
     async def _activate(self, model: str, target: Release, staged: Staged) -> None:
         old = self._running.get(model)
         self._running[model] = target
+        self._unloaded.pop(model, None)
         await self._host.activate(staged)
         if old is not None:
             self._router.drop_gate(model, str(old.counter))
@@ -258,10 +269,10 @@ class Installer:
     async def _watch(self, model: str, target: Release, staged: Staged) -> None:
         """Confirm the target after its probation; raises `EngineFault` if it does not stand it."""
         until = time.monotonic() + self._settings.probation_s
-        probes, enough = staged.answers, self._settings.probation_requests
-        while not staged.faults and staged.answers - probes < enough and time.monotonic() < until:  # noqa: ASYNC110 (nobody tells)
+        probes, enough, too_many = staged.answers, self._settings.probation_requests, self._settings.probation_faults
+        while staged.faults < too_many and staged.answers - probes < enough and time.monotonic() < until:  # noqa: ASYNC110 (nobody tells)
             await asyncio.sleep(PROBATION_LOOK_S)
-        if staged.faults:
+        if staged.faults >= too_many:
             raise EngineFault(f"{_name(model, target)} failed on live traffic: {staged.faults} faults on probation")
         await self._step(model, Passed())
         await self._mark(model, target)
@@ -275,24 +286,36 @@ class Installer:
 
     async def _serve_active(self, model: str) -> None:
         """Serve the active release, else the one before it, else none: then the cloud answers."""
-        while (active := self._installs[model].active) is not None:
-            try:
-                held = await asyncio.to_thread(self._store.slots.read, model, active)
-                staged = await self._stage(model, held)
-            except HedgerowError as error:
-                await self._note(model, Broken(str(error)))
-                continue
+        staged, active = await self._stage_active(model), self._installs[model].active
+        if staged is not None and active is not None:
             self._running[model] = active
             await self._host.activate(staged)
             await self._mark(model, active)
-            _log.info("%s serves", held.manifest.name)
-            break
+            _log.info("%s serves", _name(model, active))
         else:
             self._running.pop(model, None)
             if self._host.serving(model) is not None:
                 await self._host.unload(model)
-            _log.info("no release of %s serves here", model)
+            if model not in self._unloaded:
+                _log.info("no release of %s serves here", model)
         self._on_change()
+
+    async def _stage_active(self, model: str) -> Staged | None:
+        """Load the active release, or the one before it if its files are damaged; None if neither can be had now."""
+        before = self._unloaded.pop(model, "")
+        while (active := self._installs[model].active) is not None:
+            try:
+                held = await asyncio.to_thread(self._store.slots.read, model, active)
+                return await self._stage(model, held)
+            except InvalidRelease as error:
+                await self._note(model, Broken(str(error)))
+            except (HedgerowError, MemoryError) as error:
+                why = f"{_name(model, active)} cannot be loaded now: {str(error) or 'out of memory'}"
+                if why != before:
+                    _log.warning("%s", why)
+                self._unloaded[model] = why
+                return None
+        return None
 
     async def _stage(self, model: str, held: Held) -> Staged:
         """Load a release beside what serves, its gate in place: an answer is judged by the gate of its version."""
@@ -362,7 +385,7 @@ class Installer:
             running_manifest=running.manifest if running else "",
             target=target.counter if target else 0,
             phase=install.phase,
-            reason=again.reason if again else install.reason,
+            reason=self._unloaded.get(model) or (again.reason if again else install.reason),
             bytes_done=moved.done if target else 0,
             bytes_total=moved.total if target else 0,
             failed=rejected.counter if rejected else 0,

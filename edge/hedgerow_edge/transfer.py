@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hedgerow import release
 from hedgerow.durable import sync_folder, write_durably
@@ -43,13 +43,25 @@ Progress = Callable[[int, int], None]
 _log = logging.getLogger(__name__)
 
 
+class Counts(NamedTuple):
+    """Bytes of all chunks that ever came, and of those that were here already."""
+
+    fetched: int = 0
+    refetched: int = 0
+
+
 class ChunkSource(Protocol):
     """Where chunks come from: the link, or a test."""
+
+    async def ready(self) -> None:
+        """Return when there is somebody to ask."""
+        ...
 
     def chunks(self, request: ChunkRequest, timeout_s: float) -> AsyncGenerator[Chunk, None]:
         """Chunks for `request` until as many came as were due, in any order, perhaps doubled.
 
-        Raises `LinkError` after `timeout_s` of silence and `NotFound`, `InvalidInput` or `Overloaded` if refused.
+        Raises `LinkError` after `timeout_s` of silence and when there is nobody to ask any more, and `NotFound`,
+        `InvalidInput` or `Overloaded` if refused.
         """
         ...
 
@@ -57,7 +69,7 @@ class ChunkSource(Protocol):
 class Transfer:
     """Brings files into place. `folder` holds what is under way, on the file system where files shall end up.
 
-    `bytes_fetched` counts the bytes of all chunks that came, `bytes_refetched` those of chunks that were here already.
+    `counts` says how much came.
     """
 
     def __init__(
@@ -74,8 +86,15 @@ class Transfer:
         self._window = window_chunks
         self._timeout_s = chunk_timeout_s
         self._stall_limit_s = stall_limit_s
-        self.bytes_fetched = 0
-        self.bytes_refetched = 0
+        self._keep: Callable[[Counts], None] = lambda _counts: None
+        self.counts = Counts()
+
+    def count_on(self, counts: Counts, keep: Callable[[Counts], None]) -> None:
+        """Count on from `counts`, and have `keep` called with the sums after each window, in a worker thread.
+
+        So a process that dies takes no more than what came in one window out of them.
+        """
+        self.counts, self._keep = counts, keep
 
     async def manifest(self, assigned: Assigned, into: Path | None = None) -> Manifest:
         """The manifest that `assigned` names, checked against it; its bytes are kept at `into`, and used if there.
@@ -147,6 +166,9 @@ class Transfer:
         while sink.missing:
             before, problem = len(sink.missing), "only what was here or not asked for"
             request = ChunkRequest(sha256=sha256, chunk_bytes=chunk_bytes, missing=bitmap(sink.missing), window=window)
+            with contextlib.suppress(TimeoutError):  # asking says why there is nobody
+                async with asyncio.timeout(last_news + self._stall_limit_s - time.monotonic()):
+                    await self._source.ready()
             try:
                 async with contextlib.aclosing(self._source.chunks(request, self._timeout_s)) as chunks:
                     async for chunk in chunks:
@@ -157,7 +179,7 @@ class Transfer:
                 raise TransferFailed(f"{name}: {error}") from error
             except (LinkError, Overloaded) as error:
                 problem, window = str(error), max(1, window // 2)
-            await asyncio.to_thread(sink.after_window)
+            await asyncio.to_thread(self._after_window, sink)
             if len(sink.missing) < before:
                 failures, last_news = 0, time.monotonic()
                 continue
@@ -168,11 +190,14 @@ class Transfer:
             failures += 1
 
     def _take(self, chunk: Chunk, sink: "_Sink") -> None:
-        self.bytes_fetched += len(chunk.content)
-        if chunk.index not in sink.missing:
-            self.bytes_refetched += len(chunk.content)
-        elif sink.keep(chunk.index, chunk.content):
+        size, known = len(chunk.content), chunk.index not in sink.missing
+        self.counts = Counts(self.counts.fetched + size, self.counts.refetched + size * known)
+        if not known and sink.keep(chunk.index, chunk.content):
             sink.missing.discard(chunk.index)
+
+    def _after_window(self, sink: "_Sink") -> None:
+        sink.after_window()
+        self._keep(self.counts)
 
 
 class _Sink(Protocol):

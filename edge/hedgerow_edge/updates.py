@@ -10,7 +10,7 @@ from hedgerow.link import Link
 from hedgerow.proto.link_pb2 import ModelStatus, Status
 from hedgerow_edge.installer import Installer, UpdateSettings
 from hedgerow_edge.store import Store
-from hedgerow_edge.transfer import Transfer
+from hedgerow_edge.transfer import Counts, Transfer
 from hedgerow_edge.trust import Assigned, Trust
 
 FETCHED_BYTES, REFETCHED_BYTES = "bytes_fetched", "bytes_refetched"
@@ -49,8 +49,8 @@ class Updates:
         self._trust_problem = ""
         self._left_alone: dict[str, str] = {}
         """By model: why what is assigned is not taken."""
-        transfer.bytes_fetched = store.counter(FETCHED_BYTES)
-        transfer.bytes_refetched = store.counter(REFETCHED_BYTES)
+        self._counts = Counts(store.counter(FETCHED_BYTES), store.counter(REFETCHED_BYTES))
+        transfer.count_on(self._counts, self._keep)
 
     def check(self) -> None:
         """Have `run` look for news now, or again once it has done what it is doing."""
@@ -61,8 +61,7 @@ class Updates:
         status.models.extend(self._installer.status())
         status.models.extend(ModelStatus(model=model, reason=why) for model, why in sorted(self._left_alone.items()))
         status.trust = self._trust_problem
-        status.bytes_fetched = self._transfer.bytes_fetched
-        status.bytes_refetched = self._transfer.bytes_refetched
+        status.bytes_fetched, status.bytes_refetched = self._counts
 
     async def run(self, link: Link) -> None:
         """Finish what was begun, then look for news whenever there may be some, until cancelled."""
@@ -90,17 +89,21 @@ class Updates:
             done = [await self._installer.take(one, self._transfer) for one in await self._assigned()]
             if not self._installer.fetching:
                 await asyncio.to_thread(self._transfer.prune)
-            counters = {
-                FETCHED_BYTES: self._transfer.bytes_fetched,
-                REFETCHED_BYTES: self._transfer.bytes_refetched,
-            }
-            await asyncio.to_thread(self._store.set_counters, counters)
         except (HedgerowError, sqlite3.Error, OSError) as error:
             return str(error) or type(error).__name__
         except Exception as error:  # noqa: BLE001  a fault of updating must not end serving
             _log.exception("looking for updates failed")
             return f"unexpected {type(error).__name__}"
         return "" if all(done) else "a transfer was interrupted"
+
+    def _keep(self, counts: Counts) -> None:
+        """Write down what came. Only what is written down is reported, so that no kill makes it less."""
+        try:
+            self._store.set_counters({FETCHED_BYTES: counts.fetched, REFETCHED_BYTES: counts.refetched})
+        except sqlite3.Error as error:  # a full or locked disk must not cost the transfer; the next window tries again
+            _log.debug("the transfer's counters cannot be kept: %s", error)
+        else:
+            self._counts = counts
 
     async def _assigned(self) -> Sequence[Assigned]:
         problem, assigned = "", tuple[Assigned, ...]()

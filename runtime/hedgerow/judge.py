@@ -35,6 +35,8 @@ class Verdict:
     reason: str = ""
     version: str = ""
     """Whose answers it judges."""
+    refused: bool = False
+    """Whether there is, or may be, a gate that cannot be used. False without one: then none was ever promised."""
 
 
 @dataclass(slots=True)
@@ -83,9 +85,11 @@ class Judges:
             if entry is None or entry.gate is None:
                 return Verdict(None, f"no gate for {model}/{version}", version)
         except (ModelNotFound, ModelNotReady):
+            if version:  # it has answered, and was let go before it could be looked at
+                return Verdict(None, f"gate refused: {model}/{version} is gone", version, refused=True)
             return Verdict(None, NO_RELEASE)
         except HedgerowError as error:
-            return Verdict(None, str(error))
+            return Verdict(None, f"gate refused: {error}", version, refused=True)
         reason = ""
         datatype = next((spec.datatype for spec in student.outputs if spec.name == entry.gate.output), None)
         if datatype is None:
@@ -99,7 +103,7 @@ class Judges:
         if not reason:
             return Verdict(entry.gate, version=version)
         _say_once(entry, logging.ERROR, f"{model}/{version}: {reason}")
-        return Verdict(None, reason, version)
+        return Verdict(None, reason, version, refused=True)
 
     async def _teacher(self, entry: _Entry, cloud: Backend, cloud_model: str, deadline: Deadline) -> Mapping[str, str]:
         """What the cloud says of its model, as of late; nothing while it has never been heard."""

@@ -134,6 +134,7 @@ class Link:
         self._reconnect_max_s = reconnect_max_s
         self._handlers: dict[str, Handler] = {}
         self._announcers: list[Callable[[], Awaitable[None]]] = []
+        self._when_lost: list[Callable[[], None]] = []
         self._connection: _Connection | None = None
         self._up = asyncio.Event()
         self._in_flight = asyncio.Semaphore(OUTBOUND_IN_FLIGHT)
@@ -158,6 +159,10 @@ class Link:
         A `LinkError` it raises is logged; anything else ends `run`.
         """
         self._announcers.append(callback)
+
+    def on_disconnected(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called when a connection ends that stood, before the next one is tried; it must not block."""
+        self._when_lost.append(callback)
 
     def subscribe(self, topic: str, handler: Handler) -> None:
         """Have `handler` called for each message that matches the filter `topic`, over all connections.
@@ -233,7 +238,10 @@ class Link:
             yield connection
         finally:
             self._connection = None
-            self._up.clear()
+            if self._up.is_set():
+                self._up.clear()
+                for callback in self._when_lost:
+                    callback()
             await connection.close()
 
     async def _announce(self, connection: "_Connection") -> None:

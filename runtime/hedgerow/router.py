@@ -176,14 +176,14 @@ class Router:
         return not version and route.cloud is not None and await route.cloud.ready(route.model_in_cloud)
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
-        """See `Backend`: the edge's, or the cloud's while the edge has no model."""
+        """See `Backend`: the edge's, or the cloud's while the edge has no model. Versions are the edge's: none then."""
         route = self._route(model)
         try:
             return await route.edge.metadata(model, version)
         except (ModelNotFound, ModelNotReady):
             if version or route.cloud is None:
                 raise
-        return replace(await route.cloud.metadata(route.model_in_cloud), name=model)
+        return replace(await route.cloud.metadata(route.model_in_cloud), name=model, versions=())
 
     async def infer(self, request: InferRequest, deadline: Deadline) -> InferResponse:
         """See `Backend`. The answer's parameters explain it."""
@@ -328,6 +328,7 @@ def _facts(journey: _Journey) -> Facts:
         cloud=None if route.cloud is None else route.cloud.snapshot(route.model_in_cloud),
         privacy=journey.privacy,
         gate_reason=journey.verdict.reason,
+        gate_refused=journey.verdict.refused,
         tried=frozenset(journey.tried),
     )
 
@@ -341,7 +342,8 @@ def _reserve_s(journey: _Journey) -> float:
 
 def _unjudged_is_good(journey: _Journey, attempt: Attempt) -> bool:
     """Whether the edge's answer will do that no gate has passed: only where there is no gate, and no need of one."""
-    return not attempt.gated and journey.verdict.gate is None and not journey.route.require_cloud
+    verdict = journey.verdict
+    return not attempt.gated and verdict.gate is None and not verdict.refused and not journey.route.require_cloud
 
 
 def _is_final(journey: _Journey, tier: Tier, error: HedgerowError) -> bool:

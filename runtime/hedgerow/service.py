@@ -147,7 +147,7 @@ class OipService:
         """What was counted of one model, or of all."""
         if request.name:
             metadata = await self._backend.metadata(request.name, request.version)
-            served = {(request.name, version) for version in metadata.versions}
+            served = {(request.name, version) for version in metadata.versions or ("",)}
         else:
             served = {(state.name, state.version) for state in await self._backend.models()}
         wanted = [

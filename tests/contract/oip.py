@@ -219,6 +219,11 @@ class OipContract:
         assert not client.is_model_ready("no-such-model")
         assert not client.is_model_ready(target.model, "no-such-version")
 
+    def test_a_version_that_the_metadata_lists_can_be_asked_for(self, client: Any, target: Target) -> None:
+        for version in client.get_model_metadata(target.model).versions:
+            assert client.is_model_ready(target.model, version)
+            client.infer(target.model, triton_inputs(target), model_version=version)
+
     def test_the_metadata_tells_what_the_model_really_takes(self, client: Any, target: Target) -> None:
         metadata = client.get_model_metadata(target.model)
         config = client.get_model_config(target.model).config

@@ -79,7 +79,7 @@ class System:
         )
 
     async def assign(self, counter: int, write: Callable[[Path], object]) -> int:
-        """Publish digits/`counter` and give it to the device; the size of its file."""
+        """Publish digits/`counter` and give it to the device; the bytes of its file and its manifest."""
         folder = self._folder / f"release-{counter}"
         folder.mkdir()
         write(folder / "student.onnx")
@@ -96,7 +96,7 @@ class System:
             assert self.fleet.assign("digits", counter) == [DEVICE]
 
         await asyncio.to_thread(publish)
-        return file.bytes
+        return file.bytes + len(manifest.encode())
 
     async def answers_with(self, counter: int) -> None:
         async with AsyncClient(self.stack.address("edge")) as client:
@@ -130,8 +130,10 @@ async def test_a_transfer_goes_on_after_the_agent_and_the_broker_were_killed_and
 
     await system.carried(wire_before + size // 4)
     await asyncio.to_thread(system.stack.kill, "edge")
-    await system.until(lambda device: not device.online)
+    counted = (await system.until(lambda device: not device.online)).bytes_fetched
     await system.start("edge")
+    assert counted > fetched_before
+    assert (await system.until(lambda device: device.online)).bytes_fetched >= counted
     await system.answers_with(1)
 
     await system.carried(wire_before + size * 6 // 10)
@@ -145,7 +147,8 @@ async def test_a_transfer_goes_on_after_the_agent_and_the_broker_were_killed_and
     (resumed,) = re.findall(r"student\.onnx: (\d+) of \d+ bytes are here already", system.stack.log("edge").read_text())
     assert 0 < int(resumed) < size // 2, "the agent was killed in the middle"
     assert system.wire.counts.down_bytes - wire_at_kill > WINDOW_BYTES, "and so was the broker"
-    assert device.bytes_fetched - device.bytes_refetched == fetched_before + size - int(resumed)
+    # The window in which the agent was killed may be here and not have been counted, and no more than that.
+    assert -WINDOW_BYTES <= device.bytes_fetched - device.bytes_refetched - fetched_before - size <= 0
     assert device.bytes_refetched < 0.02 * size
     # And by what crossed the wire, whatever the device says: each kill costs at most the window that was in flight.
     assert system.wire.counts.down_bytes - wire_before < 1.02 * size + 2 * WINDOW_BYTES

@@ -113,20 +113,37 @@ async def test_releases_that_do_not_prove_themselves_are_rejected_for_good_and_t
         assert await answered_by(agent) == 7
 
 
-async def test_a_release_that_fails_on_live_traffic_is_rolled_back(tmp_path: Path) -> None:
-    async with device(tmp_path, updates={"probation_s": 60.0}) as (agent, cloud):
-        write = models.square_root
-        expected = np.sqrt(models.pixels(*range(models.CLASSES))[:, : models.CLASSES])
-        await cloud.assign(cloud.make(1, write=write, expected=expected))
-        await cloud.until(lambda status: any(model.phase == "probation" for model in status.models))
-        async with AsyncClient(agent.address) as client:
-            await client.infer("digits", models.pixels(3))
+async def test_a_release_that_fails_on_live_traffic_again_and_again_is_rolled_back_and_not_for_one_odd_input(
+    tmp_path: Path,
+) -> None:
+    enough, too_many = 10, 3
+    updates = {"probation_s": 60.0, "probation_requests": enough, "probation_faults": too_many}
+    async with device(tmp_path, updates=updates) as (agent, cloud), AsyncClient(agent.address) as client:
+
+        async def on_probation(counter: int) -> None:
+            expected = np.sqrt(models.pixels(*range(models.CLASSES))[:, : models.CLASSES])
+            await cloud.assign(cloud.make(counter, write=models.square_root, expected=expected))
+            await cloud.until(lambda status: any((m.running, m.phase) == (counter, "probation") for m in status.models))
+
+        async def fails() -> None:
             with pytest.raises(HedgerowError, match="not finite"):
                 await client.infer("digits", models.pixels(3, strength=-1.0))
-            status = await cloud.rejected(1)
-            assert "failed on live traffic" in status.reason
-            assert status.running == 0
-            assert not await client.ready("digits")
+
+        await on_probation(1)
+        for _ in range(too_many - 1):
+            await fails()
+        for _ in range(enough):
+            await client.infer("digits", models.pixels(3))
+        assert (await cloud.runs(1)).failed == 0
+
+        await on_probation(2)
+        for _ in range(too_many):
+            assert (await client.infer("digits", models.pixels(3))).model_version == "2"
+            await fails()
+        status = await cloud.rejected(2)
+        assert "failed on live traffic: 3 faults on probation" in status.reason
+        assert status.running == 1
+        assert (await client.infer("digits", models.pixels(3))).model_version == "1"
 
 
 async def test_bytes_damaged_on_the_way_are_refused_and_the_release_is_fetched_once_they_are_right(

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -107,7 +107,7 @@ async def test_a_release_arrives_over_the_link_although_the_broker_dies_halfway(
         (assigned,) = await Trust(tmp_path / "trust", "edge-1", exchange, Floor(), *roots).refresh()
         one = Transfer(tmp_path / "parts", exchange, chunk_timeout_s=1)
         manifest = await one.manifest(assigned)
-        before = one.bytes_fetched
+        before = one.counts.fetched
         async with asyncio.TaskGroup() as tasks:
 
             def progress(done: int, total: int) -> None:
@@ -119,8 +119,8 @@ async def test_a_release_arrives_over_the_link_although_the_broker_dies_halfway(
             await one.fetch(manifest.files[0], tmp_path / "0.onnx", progress)
         assert restarted
         assert (tmp_path / "0.onnx").read_bytes() == CONTENT
-        assert one.bytes_fetched - before - one.bytes_refetched == len(CONTENT)
-        assert one.bytes_refetched < 0.02 * len(CONTENT)
+        assert one.counts.fetched - before - one.counts.refetched == len(CONTENT)
+        assert one.counts.refetched < 0.02 * len(CONTENT)
         assert {request.session for request in fleet.served} == {41}
         assert len({request.id for request in fleet.served}) == len(fleet.served)
 
@@ -143,6 +143,47 @@ async def test_absent_is_an_answer_silence_is_not_and_refusals_keep_their_reason
         monkeypatch.setattr(fleet, "_answers", lambda *_: [])
         with pytest.raises(LinkError, match=r"did not answer within 0\.2 s"):
             await exchange.ask(Request(metadata=MetadataRequest(name="x")), timeout_s=0.2)
+
+
+async def test_when_the_connection_ends_whoever_waits_for_an_answer_is_told_at_once(
+    broker: brokers.Broker, publisher: Publisher
+) -> None:
+    async def outcome(asking: Awaitable[object]) -> LinkError | None:
+        try:
+            await asking
+        except LinkError as error:
+            return error
+        return None
+
+    publisher.files["ef" * 32] = CONTENT
+    request = ChunkRequest(sha256="ef" * 32, chunk_bytes=4, missing=bitmap(range(3)), window=3)
+    came: list[Chunk] = []
+    some = asyncio.Event()
+
+    async def take(exchange: Exchange) -> None:
+        async for chunk in exchange.chunks(request, timeout_s=600):
+            came.append(chunk)
+            some.set()
+
+    async with device_and_fleet(broker, publisher) as (exchange, fleet), asyncio.timeout(WAIT_S):
+        answers = fleet._answers
+        fleet._answers = lambda *asked: answers(*asked)[:1] if asked[1].HasField("chunks") else []  # type: ignore[method-assign]
+        async with asyncio.TaskGroup() as tasks:
+            waiting = [
+                tasks.create_task(outcome(exchange.ask(Request(metadata=MetadataRequest(name="x")), timeout_s=600))),
+                tasks.create_task(outcome(take(exchange))),
+            ]
+            await some.wait()
+            while len(fleet.served) < len(waiting):  # noqa: ASYNC110 (nobody tells)
+                await asyncio.sleep(0.01)
+            await broker.kill()
+        assert ["connection ended" in str(task.result()) for task in waiting] == [True, True]
+        assert len(came) == 1
+        await broker.start()
+        fleet._answers = answers  # type: ignore[method-assign]
+        await exchange.ready()
+        await fleet._link.wait_connected()
+        assert await exchange.metadata("release", "1.root.json") == publisher.releases.root
 
 
 async def test_late_chunks_still_count_and_garbage_does_not(broker: brokers.Broker, publisher: Publisher) -> None:

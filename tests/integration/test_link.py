@@ -177,9 +177,13 @@ async def test_subscriptions_and_callbacks_come_back_after_the_broker_was_killed
     device.on_connected(announce)
     async with running(fleet), running(device):
         assert (await births.next())[1] == b"1"
+        lost = asyncio.Event(), asyncio.Event()
+        device.on_disconnected(lost[0].set)
+        fleet.on_disconnected(lost[1].set)
         await broker.kill()
-        while device.connected or fleet.connected:  # noqa: ASYNC110  there is no event for the loss of a connection
-            await asyncio.sleep(0.01)
+        await asyncio.wait_for(asyncio.gather(*(event.wait() for event in lost)), WAIT_S)
+        assert not device.connected
+        assert not fleet.connected
         with pytest.raises(LinkError, match="no connection"):
             await device.publish(TOPICS.birth("dev-1"), b"lost")
         await asyncio.sleep(1)  # the outage lasts for several attempts

@@ -1,6 +1,7 @@
 """A publisher and a fleet in one object: both repositories with real keys, releases of random bytes, and the production
 source interfaces over them in memory, where tests can lose, delay and falsify what is sent."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
@@ -86,6 +87,8 @@ class Source:
         self.publisher = publisher
         self.device = device
         self.silent = False
+        self.up = asyncio.Event()
+        self.up.set()
         self.asked: list[str] = []
         self.requests: list[ChunkRequest] = []
         self.tamper: Callable[[str, str, bytes | None], bytes | None] = lambda _repository, _name, content: content
@@ -97,8 +100,13 @@ class Source:
             raise LinkError("the fleet did not answer within 10 s")
         return self.tamper(repository, name, self.publisher.metadata(self.device, repository, name))
 
+    async def ready(self) -> None:
+        await self.up.wait()
+
     async def chunks(self, request: ChunkRequest, timeout_s: float) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)
+        if not self.up.is_set():
+            raise LinkError("there is no connection")
         if self.silent:
             raise LinkError(f"the fleet did not answer within {timeout_s:g} s")
         whole = self.publisher.chunks(request)

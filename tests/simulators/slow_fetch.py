@@ -16,6 +16,9 @@ class Slow:
     def __init__(self, content: bytes) -> None:
         self._content = content
 
+    async def ready(self) -> None:
+        pass
+
     async def chunks(self, request: ChunkRequest, timeout_s: float) -> AsyncGenerator[Chunk, None]:
         size = request.chunk_bytes
         for index in range(8 * len(request.missing)):

@@ -20,13 +20,13 @@ SNAPSHOTS = st.builds(
     reason=st.sampled_from(["", "circuit open"]),
 )
 FACTS = st.builds(
-    Facts,
+    lambda gate, **others: Facts(gate_reason=gate, gate_refused=gate == "refused", **others),
     model=st.just("digits"),
     remaining_s=st.floats(0, 10) | st.just(math.inf),
     edge=SNAPSHOTS,
     cloud=st.none() | SNAPSHOTS,
     privacy=st.sampled_from(Privacy),
-    gate_reason=st.sampled_from(["", "no gate"]),
+    gate=st.sampled_from(["", "no gate", "refused"]),
     tried=st.frozensets(st.sampled_from(Tier)),
 )
 EVERY_POLICY = pytest.mark.parametrize("name", policies.known())
@@ -59,7 +59,7 @@ def test_plans_are_valid_and_give_reasons(name: str, facts: Facts) -> None:
         assert facts.cloud.latency_p95_s is None or facts.remaining_s >= facts.cloud.latency_p95_s
     elif Tier.CLOUD not in facts.tried:
         assert plan.reasons
-    if facts.gate_reason and facts.cloud is not None:
+    if facts.gate_refused or (facts.gate_reason and facts.cloud is not None):
         assert not any(a.tier is Tier.EDGE and not a.degraded for a in plan.attempts), "unjudged is second best"
     assert policies.load(name)(facts) == plan, "pure"
 
@@ -76,8 +76,10 @@ def test_edge_first_without_a_gate_is_cloud_first() -> None:
     assert edge_first.plan(unjudged).reasons == ("gate refused: other digests",)
 
 
-def test_without_any_cloud_an_unjudged_answer_is_the_answer() -> None:
+def test_without_any_cloud_an_unjudged_answer_is_the_answer_unless_there_should_be_a_judge() -> None:
     assert edge_first.plan(facts(cloud=None, gate_reason="no gate")).attempts == (Attempt(Tier.EDGE),)
+    refused = facts(cloud=None, gate_reason="gate refused: other digests", gate_refused=True)
+    assert edge_first.plan(refused).attempts == (Attempt(Tier.EDGE, degraded=True),)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hedgerow.errors import InvalidRelease, LinkError, TransferFailed
 from hedgerow.proto.link_pb2 import Chunk, ChunkRequest
 from hedgerow.release import CHUNK_BYTES, File
 from hedgerow_edge import transfer
-from hedgerow_edge.transfer import Transfer, bitmap
+from hedgerow_edge.transfer import Counts, Transfer, bitmap
 from hedgerow_edge.trust import Assigned
 
 CHUNKS = 40
@@ -63,7 +63,7 @@ async def test_a_file_arrives_whole_once_and_in_place(bench: Bench) -> None:
     one = bench.transfer()
     await one.fetch(bench.file, bench.into, lambda done, total: seen.append((done, total)))
     assert bench.into.read_bytes() == CONTENT
-    assert (one.bytes_fetched, one.bytes_refetched) == (len(CONTENT), 0)
+    assert one.counts == (len(CONTENT), 0)
     assert seen[0] == (0, len(CONTENT))
     assert seen[-1] == (len(CONTENT), len(CONTENT))
     assert not bench.part.exists()
@@ -88,7 +88,7 @@ async def test_a_flipped_byte_is_refused_and_the_chunk_named(bench: Bench) -> No
     assert not bench.into.exists()
     bench.source.spoil = lambda chunks: chunks
     await one.fetch(bench.file, bench.into)  # what was right was kept
-    assert one.bytes_fetched - one.bytes_refetched == len(CONTENT) + 3 * CHUNK_BYTES
+    assert one.counts.fetched - one.counts.refetched == len(CONTENT) + 3 * CHUNK_BYTES
 
 
 def _request(file: File, *indices: int) -> ChunkRequest:
@@ -125,7 +125,7 @@ async def test_lost_doubled_shuffled_and_foreign_chunks_do_no_harm_and_are_count
     await one.fetch(bench.file, bench.into)
     assert bench.into.read_bytes() == CONTENT
     assert doubled > 0
-    assert (one.bytes_fetched, one.bytes_refetched) == (len(CONTENT) + doubled, doubled)
+    assert one.counts == (len(CONTENT) + doubled, doubled)
     windows = [request.window for request in bench.source.requests]
     assert min(windows) < transfer.WINDOW_CHUNKS  # loss makes it ask for less at once
 
@@ -145,8 +145,53 @@ async def test_silence_ends_as_the_links_error_and_what_came_is_kept(bench: Benc
     bench.source.spoil = lambda chunks: chunks
     two = bench.transfer()  # another process, as it were
     await two.fetch(bench.file, bench.into)
-    assert one.bytes_fetched + two.bytes_fetched == len(CONTENT)
-    assert two.bytes_refetched == 0
+    assert one.counts.fetched + two.counts.fetched == len(CONTENT)
+    assert two.counts.refetched == 0
+
+
+async def test_a_lost_connection_is_waited_for_and_the_transfer_goes_on_the_moment_it_is_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "RETRY_BASE_S", 1000)
+    monkeypatch.setattr(transfer, "RETRY_MAX_S", 1000)
+
+    lost = asyncio.Event()
+
+    def lose_the_connection(chunks: list[Chunk]) -> list[Chunk]:
+        bench.source.up.clear()
+        lost.set()
+        return chunks[:3]
+
+    bench.source.spoil = lose_the_connection
+    with pytest.raises(LinkError, match=r"0\.onnx: nothing new came for 0 s: there is no connection"):
+        await bench.transfer(stall_limit_s=0.05).fetch(bench.file, bench.into)
+    bench.source.up.set()
+    lost.clear()
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(bench.transfer().fetch(bench.file, bench.into))
+        await lost.wait()
+        asked = len(bench.source.requests)
+        bench.source.spoil = lambda chunks: chunks
+        await asyncio.sleep(0.1)  # some time without a connection
+        assert len(bench.source.requests) == asked, "nobody is asked while nobody hears"
+        bench.source.up.set()
+    assert bench.into.read_bytes() == CONTENT
+
+
+async def test_what_came_is_counted_on_and_kept_with_each_window(bench: Bench) -> None:
+    kept, threads = [], set()
+
+    def keep(counts: Counts) -> None:
+        kept.append(counts)
+        threads.add(threading.current_thread())
+
+    one = bench.transfer()
+    one.count_on(Counts(1000, 10), keep)
+    await one.fetch(bench.file, bench.into)
+    assert len(kept) == len(bench.source.requests) > 2
+    assert kept == sorted(kept)
+    assert kept[-1] == one.counts == (1000 + len(CONTENT), 10)
+    assert threading.main_thread() not in threads
 
 
 async def test_torn_and_rotten_parts_are_fetched_again(bench: Bench) -> None:
@@ -157,7 +202,7 @@ async def test_torn_and_rotten_parts_are_fetched_again(bench: Bench) -> None:
     one = bench.transfer()
     await one.fetch(bench.file, bench.into)
     assert bench.into.read_bytes() == CONTENT
-    assert one.bytes_fetched == len(CONTENT) - 19 * CHUNK_BYTES
+    assert one.counts.fetched == len(CONTENT) - 19 * CHUNK_BYTES
 
 
 async def test_a_killed_process_goes_on_where_it_was(bench: Bench) -> None:
@@ -175,8 +220,8 @@ async def test_a_killed_process_goes_on_where_it_was(bench: Bench) -> None:
     one = bench.transfer()
     await one.fetch(bench.file, bench.into)
     assert bench.into.read_bytes() == CONTENT
-    assert 0 < one.bytes_fetched <= len(CONTENT) // 2
-    assert one.bytes_refetched == 0
+    assert 0 < one.counts.fetched <= len(CONTENT) // 2
+    assert one.counts.refetched == 0
 
 
 async def test_a_full_disk_is_said_before_anything_is_asked_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

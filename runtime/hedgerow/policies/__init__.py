@@ -43,7 +43,7 @@ class Facts:
     """All that a policy knows of one request, now.
 
     `cloud` is None where the route has none. `gate_reason` says why no gate can judge the edge's answers; empty: one
-    can.
+    can. `gate_refused` says that this is so although they are to be judged.
     """
 
     model: str
@@ -52,6 +52,7 @@ class Facts:
     cloud: Snapshot | None
     privacy: Privacy = Privacy.DEFAULT
     gate_reason: str = ""
+    gate_refused: bool = False
     tried: frozenset[Tier] = frozenset()
 
 
