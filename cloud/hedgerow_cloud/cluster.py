@@ -19,6 +19,7 @@ from hedgerow.errors import HedgerowError, MissingExtra
 CPUS: Final = 2
 """What Ray may hand out; a logical count, not a reservation."""
 OBJECT_STORE_BYTES: Final = 100 * 2**20
+START_ATTEMPTS: Final = 2
 MAX_TMPDIR_CHARS: Final = 24
 """A socket's path has at most 103 bytes (macOS; 107 on Linux), and Ray adds about 77 to the folder."""
 
@@ -32,6 +33,8 @@ _ENVIRONMENT: Final = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
+
+log = logging.getLogger(__name__)
 
 _Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -53,27 +56,40 @@ def local_ray() -> Iterator[None]:
         # Ray prints what its processes come to on our stdout, even where their logs are not asked for.
         ray._private.worker._worker_logs_enabled = False  # noqa: SLF001 (there is no public switch)
         with _sigterm_kept() as ours, _folder() as folder:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # notices about Ray's own defaults
-                    ray.init(
-                        address="local",
-                        num_cpus=CPUS,
-                        num_gpus=0,
-                        include_dashboard=False,
-                        log_to_driver=False,
-                        logging_level=logging.ERROR,
-                        object_store_memory=OBJECT_STORE_BYTES,
-                        _temp_dir=folder,
-                    )
-            except (RuntimeError, ValueError, OSError) as error:
-                raise HedgerowError(f"Ray does not start on this machine: {error}") from error
+            _start(folder)
             try:
                 if callable(ours):
                     signal.signal(signal.SIGTERM, ours)
                 yield
             finally:
                 ray.shutdown()
+
+
+def _start(folder: str) -> None:
+    """Start Ray in `folder`; once more if that fails, as it may on a machine that is busy for a moment."""
+    import ray
+
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # notices about Ray's own defaults
+                ray.init(
+                    address="local",
+                    num_cpus=CPUS,
+                    num_gpus=0,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=folder,
+                )
+        except Exception as error:  # Ray raises plain Exception where its processes take too long
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                raise HedgerowError(f"Ray does not start on this machine: {error}") from error
+            log.warning("Ray did not start, trying once more: %s", error)
+        else:
+            return
 
 
 def _folder() -> "tempfile.TemporaryDirectory[str]":

@@ -60,7 +60,7 @@ async def serve(config: Path, stop: asyncio.Event) -> None:
     """Large models on Ray Serve."""
     from hedgerow_cloud import serve as large
 
-    await large.serve(load(large.ServeSettings, config), stop)
+    await large.serve(load(large.ServeSettings, config), config.parent, stop)
 
 
 def broker(config: Path) -> int:
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="its settings, TOML")
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
     options = parser.parse_args()
+    options.config = options.config.absolute()
     if options.daemon == "broker":
         sys.exit(broker(options.config))
 

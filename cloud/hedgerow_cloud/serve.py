@@ -54,15 +54,19 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
     """The large models: `hedgerow-cloud serve --config FILE`."""
 
     models: dict[str, str]
-    """Files by the name they are served under."""
+    """Files by the name they are served under; relative to the folder of the settings."""
     server: ServerSettings = ServerSettings(port=8003)
     replicas: Count = 1
     host: HostSettings = HostSettings()
     """How each replica runs its models."""
 
 
-async def serve(settings: ServeSettings, stop: asyncio.Event) -> None:
-    """Serve the models of `settings` until `stop` is set. Raises `ConfigError` naming a file that is not there."""
+async def serve(settings: ServeSettings, base: Path, stop: asyncio.Event) -> None:
+    """Serve the models of `settings` until `stop` is set. Relative paths begin at `base`.
+
+    Raises `ConfigError` naming a file that is not there.
+    """
+    settings = _located(settings, base)
     with local_ray():
         async with deployed(settings) as backend, Server(backend, settings.server, name="hedgerow-cloud") as server:
             log.info("serving %s on %s", ", ".join(settings.models), server.address)
@@ -75,7 +79,6 @@ async def deployed(settings: ServeSettings) -> AsyncIterator["RayServeBackend"]:
     """The models of `settings` on Ray Serve, in the Ray that runs, for the length of an ``async with``."""
     from ray import serve as ray_serve
 
-    files = _files(settings)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what matters of it, we say ourselves
     application = ray_serve.deployment(
         name="models",
@@ -86,7 +89,7 @@ async def deployed(settings: ServeSettings) -> AsyncIterator["RayServeBackend"]:
         health_check_period_s=HEALTH_CHECK_S,
         graceful_shutdown_timeout_s=settings.server.drain_s,
         graceful_shutdown_wait_loop_s=SHUTDOWN_POLL_S,
-        user_config={"models": files, "host": msgspec.to_builtins(settings.host)},
+        user_config={"models": settings.models, "host": msgspec.to_builtins(settings.host)},
     )(Replica).bind()
     ray_serve.start(proxy_location="Disabled")
     try:
@@ -280,14 +283,15 @@ class RayServeBackend:
         return BackendUnavailable(f"no model server is available: {self._lost}", retry_after_s=RETRY_AFTER_S)
 
 
-def _files(settings: ServeSettings) -> dict[str, str]:
-    """The models' files as replicas find them, whatever folder they run in."""
+def _located(settings: ServeSettings, base: Path) -> ServeSettings:
+    """The settings with the models' files as replicas find them, whatever folder they run in."""
     if not settings.models:
         raise ConfigError("models: name at least one model and its file")
-    for name, path in settings.models.items():
-        if not Path(path).is_file():
-            raise ConfigError(f"models.{name}: there is no file {path}")
-    return {name: str(Path(path).resolve()) for name, path in settings.models.items()}
+    files = {name: (base / path).resolve() for name, path in settings.models.items()}
+    for name, file in files.items():
+        if not file.is_file():
+            raise ConfigError(f"models.{name}: there is no file {file}")
+    return msgspec.structs.replace(settings, models={name: str(file) for name, file in files.items()})
 
 
 def _reason(error: Exception) -> str:

@@ -159,6 +159,11 @@ async def _load(model: str, static: StaticModel, base: Path, host: ModelHost, ro
         await host.load_file(file)
     except HedgerowError as error:
         raise ConfigError(f"models.{model}: {error}") from error
+    outputs = [spec.name for spec in (await host.metadata(model)).outputs]
+    if static.gate is not None and static.gate.output not in outputs:
+        raise ConfigError(
+            f"models.{model}.gate.output: the model has no output {static.gate.output!r}; it has {', '.join(outputs)}"
+        )
 
 
 def _say_address(folder: Path, address: str) -> None:

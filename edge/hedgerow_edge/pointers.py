@@ -13,7 +13,8 @@ _log = logging.getLogger(__name__)
 
 
 def follow(link: Link, topics: Topics, device: str, check: Callable[[], None]) -> None:
-    """Have `check` called at each connection, each newer command, and each change of the release timestamp."""
+    """Have `check` called at each connection, each command but the last one again, and each new release timestamp."""
+    # Other than the last is enough: who could send a huge serial must not be able to silence the ones after it.
     seen_serial, seen_timestamp = 0, b""
 
     def on_command(topic: str, payload: bytes, _retained: bool) -> None:
@@ -23,7 +24,7 @@ def follow(link: Link, topics: Topics, device: str, check: Callable[[], None]) -
         except DecodeError:
             _log.warning("%d bytes on %s are no command", len(payload), topic)
             return
-        if command.kind == Command.CHECK and command.serial > seen_serial:
+        if command.kind == Command.CHECK and command.serial != seen_serial:
             seen_serial = command.serial
             check()
 
@@ -34,8 +35,6 @@ def follow(link: Link, topics: Topics, device: str, check: Callable[[], None]) -
             check()
 
     async def on_connected() -> None:
-        nonlocal seen_serial
-        seen_serial = 0  # a fleet service that lost its state counts anew
         check()
 
     link.subscribe(topics.command(device), on_command)

@@ -71,7 +71,7 @@ class TrustSettings(Settings, frozen=True, kw_only=True):
 class CloudSettings(RemoteSettings, frozen=True, kw_only=True):
     """The endpoint that answers what the device does not, and how it is reached."""
 
-    target: str = ""
+    target: Annotated[str, msgspec.Meta(pattern=r"^$|^(\[[0-9a-fA-F:]+\]|[^\s:/]+):[0-9]+$")] = ""
     """"host:port" of any server that speaks OIP over gRPC; empty: there is none."""
 
 

@@ -51,6 +51,8 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True):
     output: str = "logits"
     threshold: float
     temperature: float = 1.0
+    probabilities: bool = False
+    """Whether the output holds probabilities; else logits, which softmax makes into some."""
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
@@ -69,6 +71,8 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True):
         rows = logits.reshape(-1, classes).astype(np.float64)
         finite = np.isfinite(rows).all(axis=1)
         rows[~finite] = 0.0
+        if self.probabilities:  # their logarithms are logits
+            rows = np.log(np.maximum(rows, np.finfo(np.float64).tiny))
         rows /= self.temperature
         rows -= rows.max(axis=1, keepdims=True)
         exponentials = np.exp(rows)
@@ -136,8 +140,7 @@ def confidence(gate: Gate, response: InferResponse) -> float:
 def covers(guarantee: Guarantee, gate: Gate) -> bool:
     """Whether `guarantee` holds for answers that `gate` passes: its own gate, at its threshold or any larger one."""
     own = guarantee.gate
-    same = (gate.score, gate.output, gate.temperature) == (own.score, own.output, own.temperature)
-    return same and gate.threshold >= own.threshold
+    return msgspec.structs.replace(gate, threshold=own.threshold) == own and gate.threshold >= own.threshold
 
 
 def mismatch(guarantee: Guarantee, student: Mapping[str, str], teacher: Mapping[str, str]) -> str:

@@ -26,6 +26,7 @@ from hedgerow.errors import (
     ModelNotReady,
     NotFound,
     Unavailable,
+    Unsupported,
 )
 from hedgerow.gate import Gate, Guarantee, confidence
 from hedgerow.judge import NO_RELEASE, Judges, Verdict
@@ -127,6 +128,8 @@ class Router:
         self._name = name
         self._judges = Judges()
         self._observers: list[Callable[[Observation], None]] = []
+        self._misfits: set[str] = set()
+        """Models whose requests the cloud refused last, which was said."""
         self._inflight: defaultdict[str, InFlight] = defaultdict(InFlight)
         self._latency: defaultdict[str, LatencyWindow] = defaultdict(LatencyWindow)
 
@@ -241,6 +244,8 @@ class Router:
                     raise
                 journey.errors.append(error)
                 journey.why.append(_in_words(attempt.tier, error))
+                if attempt.tier is Tier.CLOUD and isinstance(error, NotFound | InvalidInput | Forbidden | Unsupported):
+                    self._say_misfit(journey.route.model, str(error))
                 continue
             if attempt.degraded:
                 continue  # held, in case there is nothing better
@@ -273,6 +278,7 @@ class Router:
         assert route.cloud is not None
         there = replace(request, model=route.model_in_cloud, version="")
         answer = await route.cloud.infer(there, Deadline(journey.deadline.at - _reserve_s(journey)))
+        self._misfits.discard(route.model)
         second_best = answer.parameters.get(DEGRADED) is True  # says a router there
         if second_best and route.require_cloud:
             raise BackendUnavailable(
@@ -292,6 +298,12 @@ class Router:
 
     async def _verdict(self, route: Route, version: str, deadline: Deadline) -> Verdict:
         return await self._judges.find(route.model, version, route.edge, route.cloud, route.model_in_cloud, deadline)
+
+    def _say_misfit(self, model: str, text: str) -> None:
+        """Once: the cloud refuses what the edge has taken, so every escalation of this model may come to nothing."""
+        if model not in self._misfits:
+            self._misfits.add(model)
+            log.error("%s: the cloud does not take what the edge takes: %s", model, text)
 
     def _tell(self, observation: Observation) -> None:
         for observer in self._observers:

@@ -263,6 +263,11 @@ async def test_a_model_of_ones_own_is_not_replaced_by_a_release_and_the_fleet_is
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
+        (
+            {"models": {"mine": {"path": "mine.onnx", "gate": {"output": "scores", "threshold": 0.9}}}},
+            "models.mine.gate.output: the model has no output 'scores'; it has logits",
+        ),
+        ({"cloud": {"target": "http://127.0.0.1:8003"}}, "cloud.target: "),
         ({"models": {"mine": {"path": "nowhere.onnx"}}}, "models.mine: nowhere.onnx cannot be read"),
         ({"models": {"mine": {"pth": "mine.onnx"}}}, "models"),
         ({"routes": {"mine": {"policy": "guess"}}}, "routes.mine.policy: there is no policy 'guess'"),
@@ -270,11 +275,12 @@ async def test_a_model_of_ones_own_is_not_replaced_by_a_release_and_the_fleet_is
         ({"link": {"enabled": True}}, "trust.release_root: is needed to take updates"),
         ({"samples": {"collect": "everything"}}, "samples.collect: invalid enum value"),
     ],
-    ids=["file", "key", "policy", "profile", "roots", "value"],
+    ids=["gate", "target", "file", "key", "policy", "profile", "roots", "value"],
 )
 async def test_a_wrong_setting_is_named_in_one_line(
     tmp_path: Path, settings: dict[str, object], complaint: str
 ) -> None:
+    models.classifier(tmp_path / "mine.onnx")
     agent = Agent(tmp_path, settings)
     await agent.start()
     assert await agent.ended() == 2

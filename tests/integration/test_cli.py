@@ -160,6 +160,13 @@ def test_a_release_that_a_device_refuses_is_said_at_once_and_stays_in_the_list(s
     assert f"here: no updates: {why}" in shell.run("devices").stdout
 
 
+def test_a_second_up_leaves_the_first_alone(shell: Shell) -> None:
+    again = shell.run("up")
+    assert again.returncode == 1
+    assert "run already; `hedgerow down` stops them" in again.stderr
+    assert shell.run("devices").returncode == 0
+
+
 def test_errors_while_nothing_runs_say_what_to_do(cold: Shell, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((1, 64), np.float32))
     for arguments, code, said in (

@@ -315,6 +315,19 @@ async def test_a_cloud_that_talks_nonsense_harms_no_request_and_does_not_end_the
     assert "no message of the protocol" in remote.snapshot(MODEL).reason
 
 
+async def test_a_cloud_that_refuses_what_the_edge_takes_is_said_once_to_the_operator(
+    stack: AsyncExitStack, host: ModelHost, cloud: Cloud, caplog: pytest.LogCaptureFixture
+) -> None:
+    remote = await stack.enter_async_context(RemoteBackend("cloud", cloud.target, REMOTE))
+    router = Router({"digits": Route(model="digits", edge=host, cloud=remote, cloud_model="unheard-of")})
+    router.set_gate("digits", "1", GATE, None)
+    for _ in range(3):
+        assert (await infer(router, ask())).parameters[DEGRADED] is True
+    said = [record.message for record in caplog.records if "does not take what the edge takes" in record.message]
+    assert len(said) == 1
+    assert "unheard-of" in said[0]
+
+
 async def test_a_deadline_that_is_too_close_is_not_spent_on_the_cloud(
     stack: AsyncExitStack, host: ModelHost, cloud: Cloud
 ) -> None:

@@ -87,6 +87,16 @@ def test_no_claim_scores_zero(score: str) -> None:
     assert confidence(gate, InferResponse(model="digits", version="1", outputs=())) == 0
 
 
+@given(logits=arrays.arrays(np.float64, (3, 4), elements=st.floats(-20, 20)), score=st.sampled_from(sorted(SCORES)))
+def test_probabilities_score_as_the_logits_that_they_come_from(logits: NDArray[np.float64], score: str) -> None:
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    of_logits, of_probabilities = (
+        Gate(score=score, threshold=0.5, temperature=2.0, probabilities=given) for given in (False, True)
+    )
+    assert np.allclose(of_probabilities.scores(probabilities), of_logits.scores(logits), atol=1e-6)
+    assert not covers(guarantee(of_logits), of_probabilities)
+
+
 def test_the_threshold_itself_passes() -> None:
     assert GATE.passes(0.8)
     assert not GATE.passes(math.nextafter(0.8, 0))

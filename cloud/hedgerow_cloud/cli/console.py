@@ -115,6 +115,7 @@ def progress(what: str, unit: str = "") -> Iterator[Advance]:
 def working(what: str) -> Iterator[None]:
     """A sign of life and the time that has passed, on standard error, for work whose length is not known."""
     if not _drawn():
+        note(f"{what} …")
         yield
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

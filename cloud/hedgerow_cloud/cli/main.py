@@ -72,6 +72,8 @@ def up(
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: nothing may stay behind
         signal.signal(number, signal.default_int_handler)
     stack = Stack.provision(home or default_home())
+    if running := stack.running():
+        raise ConfigError(f"{', '.join(running)} of {stack.home} run already; `hedgerow down` stops them")
     if teacher:
         model, _, file = teacher.partition("=")
         if not model or not Path(file).is_file():
@@ -248,7 +250,8 @@ def infer(
         console.say_json(facts)
     else:
         for name, value in facts.items():
-            if value not in {None, ""}:
+            # A Hedgerow names the release; the version is the answering model's, maybe the cloud's.
+            if value not in {None, ""} and not (name == "served" and result.tier):
                 print(f"{name:11} {value}")  # noqa: T201 (the result)
 
 
@@ -338,12 +341,14 @@ def _fleet(option: str) -> "FleetClient":
 
 
 def _target(option: str, what: str) -> str:
-    """Where to call: the option, the environment, what `up` made, or the usual port."""
+    """Where to call: the option, the environment, what `up` runs, or the usual port."""
     from hedgerow_cloud.local.stack import STACK, Stack
 
     named = option or variable(f"HEDGEROW_{what.upper()}")
     if not named and (_home() / STACK).exists():
-        return Stack(_home()).address("edge" if what == "server" else what)
+        stack, daemon = Stack(_home()), "edge" if what == "server" else what
+        if daemon in stack.running():
+            return stack.address(daemon)
     named = named or DEFAULTS[what]
     _address(named, what)
     return named
@@ -425,7 +430,7 @@ def _facts(result: "Result", metadata: "ModelMetadata") -> dict[str, object]:
         "reason": result.reason,
         "release": result.release,
         "degraded": result.degraded,
-        "model": f"{result.model} {result.model_version}".strip(),
+        "served": f"{result.model} {result.model_version}".strip(),
     }
 
 

@@ -65,7 +65,8 @@ def _picture(file: Path, spec: TensorSpec, *, invert: bool) -> tuple[NDArray[Any
     if mode == "RGB" and shape[-1] != 3:
         pixels = pixels.transpose(2, 0, 1)
     colours = "greyscale" if mode == "L" else "RGB"
-    done = f"{before} resized to {width}x{height} {colours}, values 0 to 1{', inverted' if invert else ''}"
+    scale = "dark is 1" if invert else "light is 1 (with --invert, dark)"
+    done = f"{before} resized to {width}x{height} {colours}, {scale}"
     return pixels.reshape(shape).astype(numpy_dtype(spec.datatype)), done
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hedgerow.errors import HedgerowError
 from hedgerow.policies import Privacy, Tier
 from hedgerow.proto import fleet_pb2, link_pb2
 from hedgerow_cloud.cli import console
@@ -51,14 +52,16 @@ def run(*, home: Path | None, seed: int, keep: bool) -> int:
     folder = home or Path(tempfile.mkdtemp(prefix="hedgerow-demo-"))
     try:
         failed = _tell(folder, seed=seed, keep=keep)
-    finally:
-        if home is None and not keep:
-            shutil.rmtree(folder, ignore_errors=True)
+    except HedgerowError as error:
+        raise HedgerowError(f"{error} (what the daemons said: {folder / 'logs'})") from error
+    if home is None and not keep and not failed:
+        shutil.rmtree(folder, ignore_errors=True)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     if failed:
         say(f"\n{len(failed)} claims did not hold ({minutes} min {seconds} s):")
         for text in failed:
             say(f"  - {text}")
+        say(f"What the daemons said: {folder / 'logs'}")
         return 1
     say(f"\nEvery claim held ({minutes} min {seconds} s).\n")
     _say_where_next(folder, keep=keep)
@@ -98,7 +101,7 @@ def _tell(home: Path, *, seed: int, keep: bool) -> list[str]:
         second = _learn(scene, first)
         _roll_out(scene, second)
         after = _compare(scene, second)
-        _say_what_changed(before, after, first, second)
+        _say_what_changed(scene, before, after, first, second)
 
         _step(6, "tamper with it")
         attack.flip_a_byte(scene, second.manifest, second.release)
@@ -208,9 +211,12 @@ def _compare(scene: Scene, outcome: Outcome) -> Row:
         ],
     )
     guarantee, count, unlike = outcome.guarantee, len(labels), hedgerow.traffic.unlike(cloud.traffic)
+    # What was observed refutes the promise if even the lower bound of the risk behind it is above epsilon.
+    at_least = lower_bound(unlike, count, guarantee.delta)
     scene.claim(
-        f"promised: {guarantee}; observed: {unlike} of {count} ({unlike / count:.2%})",
-        lower_bound(unlike, count, guarantee.delta) <= guarantee.epsilon,  # or the promise would be refuted
+        f"promised: {guarantee}; observed: {unlike} of {count} ({unlike / count:.2%}), "
+        f"so with {1 - guarantee.delta:.0%} confidence at least {at_least:.2%}",
+        at_least <= guarantee.epsilon,
     )
     scene.claim(
         "every request was answered, none of Hedgerow's degraded",
@@ -281,12 +287,13 @@ def _learn(scene: Scene, base: Outcome) -> Outcome:
     return outcome
 
 
-def _say_what_changed(before: Row, after: Row, first: Outcome, second: Outcome) -> None:
+def _say_what_changed(scene: Scene, before: Row, after: Row, first: Outcome, second: Outcome) -> None:
+    labels = scene.digits.held_out.labels
     say(
         f"  {first.manifest.name} → {second.manifest.name}: on the device {before.traffic.share(Tier.EDGE):.1%} → "
         f"{after.traffic.share(Tier.EDGE):.1%}, to the cloud {console.size(before.cloud_bytes)} → "
-        f"{console.size(after.cloud_bytes)}, p95 {before.traffic.latency_ms(0.95):.1f} → "
-        f"{after.traffic.latency_ms(0.95):.1f} ms"
+        f"{console.size(after.cloud_bytes)}, right {before.traffic.accuracy(labels):.1%} → "
+        f"{after.traffic.accuracy(labels):.1%}"
     )
 
 
@@ -297,10 +304,10 @@ def _step(number: int, text: str) -> None:
 def _say_where_next(home: Path, *, keep: bool) -> None:
     if keep:
         say(f"Everything is still running, from {home}:")
-        say("  .venv/bin/hedgerow devices                    what the device runs")
-        say("  .venv/bin/hedgerow releases                   what is published, with each guarantee")
-        say("  .venv/bin/hedgerow infer digits picture.png   ask it about a picture of yours")
-        say("  .venv/bin/hedgerow down                       stop everything")
+        say("  .venv/bin/hedgerow devices                             what the device runs")
+        say("  .venv/bin/hedgerow releases                            what is published, with each guarantee")
+        say("  .venv/bin/hedgerow infer digits picture.png --invert   ask it about your dark digit on white")
+        say("  .venv/bin/hedgerow down                                stop everything")
     else:
         say("Where to go next: scripts/quickstart --keep leaves everything running for `hedgerow devices`, `releases`")
         say(

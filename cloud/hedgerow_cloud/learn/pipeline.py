@@ -108,8 +108,8 @@ def first_release(
         teacher = train(TEACHER_RECIPE, train_images, targets, Path(scratch, "teacher"), seed=seed)
         shutil.copyfile(teacher.onnx, folder / TEACHER)
         report(
-            f"teacher    {quantize.parameters(teacher.onnx):,} parameters, {_kb(teacher.onnx)}, "
-            f"{_accuracy(job, _run(teacher.onnx, job.digits.calibration.images)):.1%} right"
+            f"teacher    {quantize.parameters(teacher.onnx):,} parameters, {_size(teacher.onnx)}, "
+            f"{_accuracy(job, _run(teacher.onnx, job.digits.calibration.images)):.1%} right on the calibration images"
         )
         lesson = Lesson(taught.images, _run(teacher.onnx, taught.images))
         student = train(STUDENT_RECIPE, lesson.images, lesson.targets, Path(scratch, "student"), seed=seed)
@@ -185,10 +185,10 @@ def _finish(job: _Job, student: Trained, lesson: Lesson, *, new: int, dropped: M
     agreement = quantize.check(float_logits, logits)
     parameters = quantize.parameters(student.onnx)
     job.report(
-        f"student    {parameters:,} parameters, {_kb(student.onnx)}, {_accuracy(job, float_logits):.1%} right, "
+        f"student    {parameters:,} parameters, {_size(student.onnx)}, {_accuracy(job, float_logits):.1%} right, "
         f"taught by the teacher on {len(lesson)} images"
     )
-    job.report(f"int8       {_kb(int8)}, {_accuracy(job, logits):.1%} right, {agreement:.1%} of the answers unchanged")
+    job.report(f"int8       {_size(int8)}, {_accuracy(job, logits):.1%} right, {agreement:.1%} of answers unchanged")
     guarantee = certify(
         logits,
         teacher_logits,
@@ -237,7 +237,7 @@ def _finish(job: _Job, student: Trained, lesson: Lesson, *, new: int, dropped: M
     lesson.save(job.folder / LESSON)
     seconds = time.monotonic() - job.started
     job.report(
-        f"release    {manifest.name}: {len(manifest.files)} files, {manifest.bytes / 1000:,.0f} kB, in {seconds:.0f} s"
+        f"release    {manifest.name}: {len(manifest.files)} files, {manifest.bytes / 1024:,.0f} KiB, in {seconds:.0f} s"
     )
     return Outcome(
         folder=job.folder, manifest=manifest, guarantee=guarantee, facts=facts, dropped=dropped, seconds=seconds
@@ -267,5 +267,5 @@ def _splits(digits: Digits) -> dict[str, int]:
     }
 
 
-def _kb(file: Path) -> str:
-    return f"{file.stat().st_size / 1000:,.0f} kB"
+def _size(file: Path) -> str:
+    return f"{file.stat().st_size / 1024:,.0f} KiB"
