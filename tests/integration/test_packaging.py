@@ -76,3 +76,15 @@ def test_a_wheel_has_the_protos_the_profiles_and_the_three_packages(tmp_path: Pa
     assert Path(where).is_relative_to(tmp_path / "site")
     assert int(profiles) == len(list((ROOT / "hw-profiles").glob("*.toml")))
     assert proto == "hedgerow/proto/oip.proto"
+
+
+@pytest.mark.parametrize("package", ["paho", "tuf", "onnxruntime"])
+def test_the_agent_without_its_extra_says_in_a_line_what_to_install(package: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.onnx").touch()
+    (tmp_path / "edge.toml").write_text('[device]\nstate = "state"\n[models.mine]\npath = "mine.onnx"\n')
+    code = f"import sys; sys.modules[{package!r}] = None; from hedgerow_edge.__main__ import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "--config", "edge.toml"]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert told.returncode != 0
+    assert "Traceback" not in told.stderr
+    assert "pip install 'hedgerow[edge]'" in told.stderr
