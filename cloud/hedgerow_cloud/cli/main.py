@@ -278,7 +278,7 @@ def demo(
     home: Annotated[
         Path | None, typer.Option(help="Where to keep everything [default: a temporary folder].", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the split and the training.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the split and the training.")] = 2026,
     keep: Annotated[bool, typer.Option("--keep", help="Leave everything running.")] = False,
 ) -> None:
     """Tell the whole story on real handwritten digits."""

@@ -101,7 +101,7 @@ def _tell(home: Path, *, seed: int, keep: bool) -> list[str]:
         second = _learn(scene, first)
         _roll_out(scene, second)
         after = _compare(scene, second)
-        _say_what_changed(scene, before, after, first, second)
+        _say_what_changed(scene, before, after)
 
         _step(6, "tamper with it")
         attack.flip_a_byte(scene, second.manifest, second.release)
@@ -179,8 +179,11 @@ def _who(traffic: Traffic) -> str:
     return ", then ".join(dict.fromkeys(release or "the cloud" for release in traffic.releases))
 
 
-def _compare(scene: Scene, outcome: Outcome) -> Row:
-    """Answer the held-out images in three ways, print the table and check the guarantee; Hedgerow's row."""
+def _compare(scene: Scene, outcome: Outcome) -> tuple[Row, Row]:
+    """Answer the held-out images in three ways, print the table and check the guarantee.
+
+    Gives the rows of the small model alone and of Hedgerow.
+    """
     images, labels = scene.digits.held_out.images, scene.digits.held_out.labels
     ways = (
         ("edge only", "edge", Privacy.EDGE_ONLY),
@@ -222,7 +225,7 @@ def _compare(scene: Scene, outcome: Outcome) -> Row:
         "every request was answered, none of Hedgerow's degraded",
         not any(row.traffic.failures for row in rows) and not any(hedgerow.traffic.degraded),
     )
-    return hedgerow
+    return edge, hedgerow
 
 
 def _survive_an_outage(scene: Scene) -> None:
@@ -287,13 +290,14 @@ def _learn(scene: Scene, base: Outcome) -> Outcome:
     return outcome
 
 
-def _say_what_changed(scene: Scene, before: Row, after: Row, first: Outcome, second: Outcome) -> None:
+def _say_what_changed(scene: Scene, before: tuple[Row, Row], after: tuple[Row, Row]) -> None:
     labels = scene.digits.held_out.labels
+    (alone_before, hedgerow_before), (alone_after, hedgerow_after) = before, after
     say(
-        f"  {first.manifest.name} → {second.manifest.name}: on the device {before.traffic.share(Tier.EDGE):.1%} → "
-        f"{after.traffic.share(Tier.EDGE):.1%}, to the cloud {console.size(before.cloud_bytes)} → "
-        f"{console.size(after.cloud_bytes)}, right {before.traffic.accuracy(labels):.1%} → "
-        f"{after.traffic.accuracy(labels):.1%}"
+        f"  what changed: the small model alone {alone_before.traffic.accuracy(labels):.1%} → "
+        f"{alone_after.traffic.accuracy(labels):.1%} right, on the device "
+        f"{hedgerow_before.traffic.share(Tier.EDGE):.1%} → {hedgerow_after.traffic.share(Tier.EDGE):.1%}, to the cloud "
+        f"{console.size(hedgerow_before.cloud_bytes)} → {console.size(hedgerow_after.cloud_bytes)}"
     )
 
 
