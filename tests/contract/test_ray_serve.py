@@ -28,7 +28,7 @@ from hedgerow.lifecycle import supervise
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
 from hedgerow.service import Server
 from hedgerow_cloud.cluster import local_ray
-from hedgerow_cloud.serve import PING_TIMEOUT_S, ServeSettings, deployed
+from hedgerow_cloud.serve import PING_TIMEOUT_S, ServeSettings, deployed, serve
 
 pytestmark = [pytest.mark.cloud, pytest.mark.timeout(180)]
 
@@ -86,15 +86,28 @@ def replicas() -> list[dict[str, str]]:
     return [actor for actor in list_named_actors(all_namespaces=True) if actor["name"].startswith("SERVE_REPLICA")]
 
 
-def test_a_file_that_cannot_be_served_is_named_in_one_line(tmp_path: Path, ray: None) -> None:
-    """First in this file, since one Ray has one deployment of ours."""
+@pytest.mark.parametrize(
+    ("models", "complaint"),
+    [
+        ({MODEL: "nowhere.onnx"}, r"^models\.digits: there is no file .*nowhere\.onnx$"),
+        ({}, "^models: name at least one"),
+    ],
+)
+async def test_a_file_that_is_not_there_is_named_before_anything_starts(
+    models: dict[str, str], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hedgerow_cloud.serve.local_ray", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(ConfigError, match=complaint):
+        await serve(ServeSettings(models=models), tmp_path, asyncio.Event())
+
+
+def test_a_file_that_cannot_be_loaded_is_named_in_one_line(tmp_path: Path, ray: None) -> None:
+    """First of those that deploy, since one Ray has one deployment of ours."""
 
     async def deploy(path: Path) -> None:
         async with deployed(ServeSettings(models={MODEL: str(path)})):
             pass
 
-    with pytest.raises(ConfigError, match=r"models\.digits: there is no file .*nowhere\.onnx$"):
-        asyncio.run(deploy(tmp_path / "nowhere.onnx"))
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(b"no model")
     with pytest.raises(HedgerowError, match=r"^the models do not start on Ray Serve: .*cannot load garbage\.onnx.*$"):
