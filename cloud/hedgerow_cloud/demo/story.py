@@ -216,10 +216,11 @@ def _compare(scene: Scene, outcome: Outcome) -> tuple[Row, Row]:
     guarantee, count, unlike = outcome.guarantee, len(labels), hedgerow.traffic.unlike(cloud.traffic)
     # What was observed refutes the promise if even the lower bound of the risk behind it is above epsilon.
     at_least = lower_bound(unlike, count, guarantee.delta)
+    kept = at_least <= guarantee.epsilon
     scene.claim(
-        f"promised: {guarantee}; observed: {unlike} of {count} ({unlike / count:.2%}), "
-        f"so with {1 - guarantee.delta:.0%} confidence at least {at_least:.2%}",
-        at_least <= guarantee.epsilon,
+        f"promised: {guarantee}; observed: {unlike} of {count} ({unlike / count:.2%}), which "
+        f"{'does not refute' if kept else 'refutes'} it ({1 - guarantee.delta:.0%} lower bound {at_least:.2%})",
+        kept,
     )
     scene.claim(
         "every request was answered, none of Hedgerow's degraded",
