@@ -261,11 +261,11 @@ def test_a_daemon_that_cannot_start_is_named_with_the_end_of_its_log(tmp_path: P
 
 def test_down_ends_what_another_process_left_running(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
-    stack = Stack.provision(shell.home)
-    stack.start("broker", "fleet")
-    again = Stack(shell.home)
-    assert again.running() == ["broker", "fleet"]
-    done = shell.run("down")
-    assert done.returncode == 0
-    assert "broker, fleet" in done.stderr
-    assert stack.running() == []
+    with Stack.provision(shell.home) as stack:
+        stack.start("broker", "fleet")
+        again = Stack(shell.home)
+        assert again.running() == ["broker", "fleet"]
+        done = shell.run("down")
+        assert done.returncode == 0
+        assert "broker, fleet" in done.stderr
+        assert stack.running() == []

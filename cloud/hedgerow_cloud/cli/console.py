@@ -42,12 +42,12 @@ MAX_WHOLE = 24
 
 def say_json(value: object) -> None:
     """Print `value` as JSON on standard output."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201 (what was asked for)
+    print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def note(text: str) -> None:
     """A line beside the result."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 (standard error)
+    print(text, file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
@@ -69,7 +69,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     with console.capture() as capture:
         console.print(drawn)
     lines_out = (line.rstrip() for line in capture.get().splitlines())
-    print("\n".join(line for line in lines_out if line))  # noqa: T201 (the result)
+    print("\n".join(line for line in lines_out if line))
 
 
 def plain(message: Message) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def devices(fleet: Fleet = "", json: Json = False) -> None:
     )
     for device in found:
         for problem in _problems(device):
-            print(console.printable(f"{device.id}: {problem}"))  # noqa: T201 (the result)
+            print(console.printable(f"{device.id}: {problem}"))
 
 
 @app.command()
@@ -252,7 +252,7 @@ def infer(
         for name, value in facts.items():
             # A Hedgerow names the release; the version is the answering model's, maybe the cloud's.
             if value not in {None, ""} and not (name == "served" and result.tier):
-                print(f"{name:11} {value}")  # noqa: T201 (the result)
+                print(f"{name:11} {value}")
 
 
 @app.command()
@@ -330,7 +330,7 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def _fail(message: str, code: int) -> NoReturn:
     line = "".join(character if character.isprintable() else "?" for character in " ".join(message.split()))
-    print("hedgerow:", line, file=sys.stderr)  # noqa: T201 (standard error)
+    print("hedgerow:", line, file=sys.stderr)
     sys.exit(code)
 
 

@@ -72,7 +72,7 @@ def status_of(device: fleet_pb2.Device) -> link_pb2.ModelStatus:
 
 def say(line: str) -> None:
     """A line of the story."""
-    print(line, flush=True)  # noqa: T201 (the story goes to standard output)
+    print(line, flush=True)
 
 
 def say_indented(line: str) -> None:

@@ -257,7 +257,7 @@ class Distributor:
             async with asyncio.TaskGroup() as group:  # side by side: one would wait for the broker each time
                 for index in wanted:
                     group.create_task(send(index))
-        except ExceptionGroup as group_error:
+        except ExceptionGroup as group_error:  # one answer tells of one error: the first is as good as any
             raise group_error.exceptions[0] from group_error
 
     def _wanted(self, ask: link_pb2.ChunkRequest) -> list[int]:

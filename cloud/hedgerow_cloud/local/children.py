@@ -76,7 +76,7 @@ class Child:
                 return
             if time.monotonic() > deadline:
                 raise HedgerowError(f"{self.name} was not ready within {timeout_s:g} s: {self.tail()}")
-            time.sleep(POLL_S)
+            time.sleep(POLL_S)  # polls: being ready is only known by asking
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Ask it to end and wait; by force after `timeout_s`. Idempotent."""
@@ -111,5 +111,5 @@ class Child:
         while self.pid is not None:
             if time.monotonic() > deadline:
                 return False
-            time.sleep(POLL_S)
+            time.sleep(POLL_S)  # polls: it may be another process's child, which cannot be waited for
         return True

@@ -182,7 +182,7 @@ class Stack:
         watched = self.running()
         with contextlib.suppress(KeyboardInterrupt):
             while all(self.children[name].pid is not None for name in watched):
-                time.sleep(WATCH_S)
+                time.sleep(WATCH_S)  # polls: they may be other processes' children
             ended = next(name for name in watched if self.children[name].pid is None)
             raise HedgerowError(f"{ended} ended: {self.children[ended].tail()}")
 
