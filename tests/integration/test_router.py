@@ -1,6 +1,7 @@
 """The router between a real edge host and a real cloud over gRPC: who answers, why, and what happens when it breaks."""
 
 import asyncio
+import contextlib
 import logging
 import math
 import re
@@ -77,6 +78,16 @@ async def routed(
     router = Router({"digits": Route(model="digits", edge=host, cloud=remote, cloud_model=MODEL, **route)})  # type: ignore[arg-type] # a test's shorthand
     router.set_gate("digits", "1", gate, None)
     return router, remote
+
+
+async def heard(remote: RemoteBackend | None) -> None:
+    """Return when the remote's metadata is at hand: a request waits for it no longer than its deadline allows."""
+    assert remote is not None
+    async with asyncio.timeout(SOON_S):
+        while True:
+            with contextlib.suppress(Unavailable):
+                await remote.metadata(MODEL)
+                return
 
 
 def ask(digit: int = 3, strength: float = UNSURE, **parameters: str) -> InferRequest:
@@ -481,7 +492,8 @@ async def test_a_guarantee_of_other_models_judges_nothing_and_that_is_said_once(
 ) -> None:
     digest = (await host.metadata("digits")).properties["sha256"]
     cloud = await stack.enter_async_context(Cloud(sha256="t" * 64))
-    router, _ = await routed(stack, host, cloud.target)
+    router, remote = await routed(stack, host, cloud.target)
+    await heard(remote)
     for binding, tier, word in (
         (guarantee(student=digest), "edge", "confidence"),
         (guarantee(student="x" * 64), "cloud", "student's digest"),
@@ -503,7 +515,8 @@ async def test_a_guarantee_of_other_models_judges_nothing_and_that_is_said_once(
 async def test_a_guarantee_does_not_outlive_the_file_it_was_measured_on(
     stack: AsyncExitStack, host: ModelHost, cloud: Cloud, tmp_path: Path
 ) -> None:
-    router, _ = await routed(stack, host, cloud.target)
+    router, remote = await routed(stack, host, cloud.target)
+    await heard(remote)
     router.set_gate("digits", "1", None, guarantee(student=(await host.metadata("digits")).properties["sha256"]))
     assert (await infer(router, ask(strength=SURE))).parameters[TIER] == "edge"
     models.classifier(tmp_path / "1.onnx", shift=1, extra=True)
@@ -516,7 +529,8 @@ async def test_a_guarantee_does_not_outlive_the_file_it_was_measured_on(
 async def test_a_teacher_without_a_digest_is_not_checked_and_that_is_said_once(
     stack: AsyncExitStack, host: ModelHost, cloud: Cloud, caplog: pytest.LogCaptureFixture
 ) -> None:
-    router, _ = await routed(stack, host, cloud.target)
+    router, remote = await routed(stack, host, cloud.target)
+    await heard(remote)
     router.set_gate("digits", "1", None, guarantee(student=(await host.metadata("digits")).properties["sha256"]))
     for _ in range(3):
         assert (await infer(router, ask(strength=SURE))).parameters[TIER] == "edge"
