@@ -97,6 +97,19 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a request comes from: what travels in a call's metadata, not in its message."""
+
+    tenant: str = ""
+    """Who asks, as far as it is known: for quotas."""
+    hops: int = 0
+    """Routers that it has passed."""
+    traceparent: str = ""
+    """The caller's span, as W3C Trace Context writes it."""
+    tracestate: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InferRequest:
     """One request. An empty `version` leaves the choice to the backend; empty `outputs` means all of them."""
 
@@ -106,6 +119,7 @@ class InferRequest:
     id: str = ""
     outputs: tuple[str, ...] = ()
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    origin: Origin = Origin()
 
     def input(self, name: str) -> NDArray[Any]:
         """The array of the input called `name`; KeyError if there is none."""
