@@ -41,6 +41,11 @@ class ServerSettings(Settings, frozen=True, kw_only=True):
     """The deadline of a request that brings none."""
     max_inflight: Count = 1024
     """Requests being worked on at once; more are refused."""
+    max_calls: Count = 2048
+    """Calls at once of any kind: requests, idle streams, health and its watchers. More are refused. Far enough above
+    `max_inflight` that requests meet that first, which says when to come back."""
+    transport: str = "grpcio"
+    """What speaks gRPC: a module of `hedgerow.transports`."""
 
 
 class BrokerSettings(Settings, frozen=True, kw_only=True):

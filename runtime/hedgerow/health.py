@@ -4,15 +4,14 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Final, cast
 
-import grpc
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from hedgerow.errors import HedgerowError
-from hedgerow.rpc import Context, generic_handler, parse
+from hedgerow.errors import HedgerowError, NotFound
+from hedgerow.rpc import Call, Method, methods, parse
 
 WATCH_INTERVAL_S = 0.5
 """How often a watched status is looked at."""
@@ -34,23 +33,23 @@ class Health:
         self._services = {"", SERVICE, *services}
 
     @property
-    def handler(self) -> grpc.GenericRpcHandler:
-        """What to add to a server."""
-        return generic_handler(_POOL.FindServiceByName(SERVICE), {"Check": self.check, "Watch": self.watch})
+    def methods(self) -> dict[str, Method]:
+        """What to serve."""
+        return methods(_POOL.FindServiceByName(SERVICE), {"Check": self.check, "Watch": self.watch})
 
-    async def check(self, request: health_pb2.HealthCheckRequest, context: Context) -> _Status:
+    async def check(self, request: health_pb2.HealthCheckRequest, _: Call) -> _Status:
         """The status of one service now; NOT_FOUND for one that is not here."""
         if request.service not in self._services:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service[:200]!r} here")
+            raise NotFound(f"there is no service {request.service[:200]!r} here")
         return _Status(status=await self._status(request.service))
 
-    async def watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+    async def watch(self, request: health_pb2.HealthCheckRequest, call: Call) -> None:
         """The status of one service, and again each time it has changed."""
         last = None
         while True:
             status = await self._status(request.service)
             if status != last:
-                await context.write(_Status(status=status).SerializeToString())
+                await call.write(_Status(status=status).SerializeToString())
                 last = status
             await asyncio.sleep(WATCH_INTERVAL_S)
 
@@ -63,7 +62,7 @@ class Health:
             return _Status.NOT_SERVING
 
 
-def reflection_handler(services: Iterable[str], files: Iterable[FileDescriptor]) -> grpc.GenericRpcHandler:
+def reflection_methods(services: Iterable[str], files: Iterable[FileDescriptor]) -> dict[str, Method]:
     """Server reflection of `services`, as `files` of any pool describe them (imports first), and of health."""
     own = (SERVICE, reflection.SERVICE_NAME)
     names = (*services, *own)
@@ -72,11 +71,11 @@ def reflection_handler(services: Iterable[str], files: Iterable[FileDescriptor])
         pool.AddSerializedFile(file.serialized_pb)
     servicer = reflection.aio.ReflectionServicer(names, pool)
 
-    async def answer(raws: AsyncIterator[bytes], context: Context) -> None:
+    async def answer(raws: AsyncIterator[bytes], call: Call) -> None:
         requests = (parse(reflection_pb2.ServerReflectionRequest, raw) async for raw in raws)
         # The type stubs take the generator for a coroutine.
-        responses = cast("AsyncIterator[Message]", servicer.ServerReflectionInfo(requests, context))
+        responses = cast("AsyncIterator[Message]", servicer.ServerReflectionInfo(requests, None))
         async for response in responses:
-            await context.write(response.SerializeToString())
+            await call.write(response.SerializeToString())
 
-    return generic_handler(_POOL.FindServiceByName(reflection.SERVICE_NAME), {"ServerReflectionInfo": answer})
+    return methods(_POOL.FindServiceByName(reflection.SERVICE_NAME), {"ServerReflectionInfo": answer})

@@ -1,14 +1,14 @@
-"""What our gRPC services share: listening, parsing, and the error table in both directions.
+"""What our gRPC services share, whatever transport brings their calls: methods, parsing, the error table both ways.
 
 Handlers take and return messages and raise the errors of `hedgerow.errors`; what callers see of an error is decided
-here and nowhere else. Requests are parsed inside the handler, because grpc.aio answers UNKNOWN and logs a traceback
-when a deserializer raises.
+here and nowhere else. A service is a table of `Method` by path; `hedgerow.transports` serve such tables.
 """
 
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeVar
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
@@ -16,15 +16,35 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from hedgerow import errors
-from hedgerow.config import ServerSettings
-from hedgerow.errors import ConfigError, EngineFault, HedgerowError, InvalidInput
+from hedgerow.backend import Deadline
+from hedgerow.errors import EngineFault, HedgerowError, InvalidInput
 
 MAX_DETAILS_CHARS = 512
 """Longest error message on the wire: with percent-encoding it must fit into 8 KiB of trailers. The log has it whole."""
 PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
 
-Context = grpc.aio.ServicerContext[bytes, bytes]
-Handler = Callable[[Any, Context], Awaitable[Any]]
+
+class Call(Protocol):
+    """One call on the server's side, as its handler sees it. Cancelled when the caller leaves or its time is up."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the caller sent beside the message, by lower-case name; the last of equal names, no binary ones."""
+        ...
+
+    @property
+    def deadline(self) -> Deadline:
+        """Until when the caller waits."""
+        ...
+
+    async def write(self, message: bytes) -> None:
+        """Send one of several answers; returns when there is room for the next."""
+        ...
+
+
+Handler = Callable[[Any, Any], Awaitable[Any]]
+"""``async (request, call)``. A unary one returns its answer; a streaming one writes serialised answers to the call;
+where requests stream, `request` is the iterator over their bytes, for `parse`."""
 M = TypeVar("M", bound=Message)
 
 log = logging.getLogger(__name__)
@@ -42,6 +62,44 @@ _ERRORS: dict[grpc.StatusCode, type[HedgerowError]] = {
         errors.Unsupported,
     )
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One method of a service, from bytes to bytes."""
+
+    name: str
+    handle: Handler
+    request: type[Message]
+    client_streaming: bool
+    server_streaming: bool
+
+    async def answer(self, received: bytes | AsyncIterator[bytes], call: Call) -> bytes | None:
+        """The serialised answer, None after a stream of them. Raises nothing but `HedgerowError`, fit for callers.
+
+        Requests are parsed in here, not by the transport, so that garbage is INVALID_ARGUMENT on each of them.
+        """
+        try:
+            request = parse(self.request, received) if isinstance(received, bytes) else received
+            response = await self.handle(request, call)
+            return None if response is None else response.SerializeToString()
+        except Exception as unknown:  # the border: `public` logs what must not cross it
+            raise public(unknown, self.name) from unknown
+
+
+Methods = Mapping[str, Method]
+"""By path: "/package.Service/Method"."""
+
+
+def methods(service: ServiceDescriptor, handlers: Mapping[str, Handler]) -> dict[str, Method]:
+    """`handlers`, by method name, as `service` describes them."""
+
+    def method(name: str, handle: Handler) -> Method:
+        described: MethodDescriptor = service.methods_by_name[name]
+        kind = GetMessageClass(described.input_type)
+        return Method(name, handle, kind, described.client_streaming, described.server_streaming)
+
+    return {f"/{service.full_name}/{name}": method(name, handle) for name, handle in handlers.items()}
 
 
 def parse(kind: type[M], raw: bytes) -> M:
@@ -69,6 +127,14 @@ def details(error: HedgerowError) -> str:
     return text if len(text) <= MAX_DETAILS_CHARS else text[: MAX_DETAILS_CHARS - 1] + "…"
 
 
+def trailers(error: HedgerowError) -> tuple[tuple[str, str], ...]:
+    """The metadata that goes with `error`: gRPC's retry pushback, where it is known when to come back."""
+    if error.retry_after_s is None:
+        return ()
+    # At least 1: told 0, gRPC's clients (1.85) wait for the deadline instead of trying at once.
+    return ((PUSHBACK_KEY, str(max(1, round(error.retry_after_s * 1000)))),)
+
+
 def received(error: grpc.RpcError) -> HedgerowError:
     """What a failed call (of either kind of channel) means, with the server's message and pushback."""
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
@@ -89,52 +155,3 @@ def whole(answer: M | None, server: str) -> M:
 def address(host: str, port: int) -> str:
     """Host and port, as gRPC wants them: "127.0.0.1:8001", "[::1]:8001"."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def listen(server: grpc.aio.Server, settings: ServerSettings) -> int:
-    """Have `server` listen, in plain text, where `settings` say; the bound port. Raises `ConfigError`."""
-    wanted = address(settings.host, settings.port)
-    try:
-        return server.add_insecure_port(wanted)
-    except RuntimeError as error:
-        raise ConfigError(f"server.host, server.port: cannot listen on {wanted}; is it taken?") from error
-
-
-def generic_handler(service: ServiceDescriptor, handlers: Mapping[str, Handler]) -> grpc.GenericRpcHandler:
-    """Serve `handlers`, by method name, as `service`.
-
-    A handler is ``async (request, context)``. A unary one returns its answer; a streaming one writes serialised answers
-    to the context; where requests stream, `request` is the iterator over their bytes, for `parse`.
-    """
-    return grpc.method_handlers_generic_handler(
-        service.full_name,
-        {name: _method_handler(service.methods_by_name[name], handle) for name, handle in handlers.items()},
-    )
-
-
-def _pushback(retry_after_s: float | None) -> tuple[tuple[str, str], ...]:
-    if retry_after_s is None:
-        return ()
-    # At least 1: told 0, gRPC's clients (1.85) wait for the deadline instead of trying at once.
-    return ((PUSHBACK_KEY, str(max(1, round(retry_after_s * 1000)))),)
-
-
-def _method_handler(method: MethodDescriptor, handle: Handler) -> "grpc.RpcMethodHandler[bytes, bytes]":
-    kind = GetMessageClass(method.input_type)
-
-    async def answer(received: Any, context: Context) -> bytes | None:
-        try:
-            request = received if method.client_streaming else parse(kind, received)
-            response = await handle(request, context)
-            return None if response is None else response.SerializeToString()
-        except grpc.aio.AbortError:
-            raise
-        except Exception as unknown:  # noqa: BLE001 (the border: `public` logs what must not cross it)
-            error = public(unknown, method.name)
-            await context.abort(error.status, details(error), _pushback(error.retry_after_s))
-
-    if method.client_streaming:
-        return grpc.stream_stream_rpc_method_handler(answer)
-    if method.server_streaming:
-        return grpc.unary_stream_rpc_method_handler(answer)
-    return grpc.unary_unary_rpc_method_handler(answer)

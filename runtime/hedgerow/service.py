@@ -6,21 +6,20 @@ metadata, given what is left of the caller's deadline, answered by the backend, 
 """
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Final, Self
 
-import grpc
-
-from hedgerow import __version__
+from hedgerow import __version__, transports
 from hedgerow.backend import Backend, Deadline, ModelControl
 from hedgerow.config import ServerSettings
 from hedgerow.errors import DeadlineExceeded, Forbidden, ModelNotReady, Overloaded, Unsupported
-from hedgerow.health import Health, reflection_handler
+from hedgerow.health import Health, reflection_methods
 from hedgerow.lifecycle import InFlight
 from hedgerow.proto import oip_pb2
-from hedgerow.rpc import Context, address, details, generic_handler, listen, parse, public
+from hedgerow.rpc import Call, Method, address, details, methods, parse, public
 from hedgerow.statistics import Statistics, Stopwatch
 from hedgerow.tensors import (
     InferRequest,
@@ -38,8 +37,6 @@ STREAM_ANSWERS = 16
 """Answers of one streamed request that may wait for the caller to read those before."""
 RETRY_AFTER_S = 1.0
 """When a refused caller may try again."""
-MAX_OTHER_CALLS = 1024
-"""Calls at once besides the requests of `max_inflight`: idle streams, health and its watchers. More are refused."""
 FLUSH_S = 1.0
 """How long calls may linger after the drain: answers being sent, idle streams."""
 
@@ -60,9 +57,9 @@ class OipService:
         self.draining = False
 
     @property
-    def handler(self) -> grpc.GenericRpcHandler:
-        """What to add to a server."""
-        return generic_handler(
+    def methods(self) -> dict[str, Method]:
+        """What to serve."""
+        return methods(
             SERVICE,
             {
                 "ServerLive": self.server_live,
@@ -87,39 +84,39 @@ class OipService:
         states = await self._backend.models()
         return {state.name for state in states} == {state.name for state in states if state.ready}
 
-    async def server_live(self, _: oip_pb2.ServerLiveRequest, __: Context) -> oip_pb2.ServerLiveResponse:
+    async def server_live(self, _: oip_pb2.ServerLiveRequest, __: Call) -> oip_pb2.ServerLiveResponse:
         """Live: we answer."""
         return oip_pb2.ServerLiveResponse(live=True)
 
-    async def server_ready(self, _: oip_pb2.ServerReadyRequest, __: Context) -> oip_pb2.ServerReadyResponse:
+    async def server_ready(self, _: oip_pb2.ServerReadyRequest, __: Call) -> oip_pb2.ServerReadyResponse:
         """Whether all models are ready, as the protocol has it."""
         return oip_pb2.ServerReadyResponse(ready=await self.ready())
 
-    async def model_ready(self, request: oip_pb2.ModelReadyRequest, _: Context) -> oip_pb2.ModelReadyResponse:
+    async def model_ready(self, request: oip_pb2.ModelReadyRequest, _: Call) -> oip_pb2.ModelReadyResponse:
         """Whether one model is ready; an unknown one is not, which is no error."""
         ready = not self.draining and await self._backend.ready(request.name, request.version)
         return oip_pb2.ModelReadyResponse(ready=ready)
 
-    async def server_metadata(self, _: oip_pb2.ServerMetadataRequest, __: Context) -> oip_pb2.ServerMetadataResponse:
+    async def server_metadata(self, _: oip_pb2.ServerMetadataRequest, __: Call) -> oip_pb2.ServerMetadataResponse:
         """Name, version, and the extensions of the protocol that are really there."""
         extensions = ["model_configuration", "parameters", "statistics"]
         if self._control is not None:
             extensions.append("model_repository")
         return oip_pb2.ServerMetadataResponse(name=self._name, version=__version__, extensions=extensions)
 
-    async def model_metadata(self, request: oip_pb2.ModelMetadataRequest, _: Context) -> oip_pb2.ModelMetadataResponse:
+    async def model_metadata(self, request: oip_pb2.ModelMetadataRequest, _: Call) -> oip_pb2.ModelMetadataResponse:
         """A model's interface."""
         return metadata_to_proto(await self._backend.metadata(request.name, request.version))
 
-    async def model_infer(self, message: oip_pb2.ModelInferRequest, context: Context) -> oip_pb2.ModelInferResponse:
+    async def model_infer(self, message: oip_pb2.ModelInferRequest, call: Call) -> oip_pb2.ModelInferResponse:
         """One answer to one request."""
-        async with self._admitted(message, context) as (request, deadline, watch):
+        async with self._admitted(message, call) as (request, deadline, watch):
             with watch.infer():
                 response = await self._backend.infer(request, deadline)
             watch.version = response.version
             return _answer(request, response)
 
-    async def model_stream_infer(self, raws: AsyncIterator[bytes], context: Context) -> None:
+    async def model_stream_infer(self, raws: AsyncIterator[bytes], call: Call) -> None:
         """The answers of many requests, in the order of the requests; a request that fails says so in its place."""
         waiting: asyncio.Queue[_Queue | None] = asyncio.Queue(STREAM_CONCURRENCY)
 
@@ -127,22 +124,22 @@ class OipService:
             async for raw in raws:
                 answers = _Queue(STREAM_ANSWERS)
                 await waiting.put(answers)
-                group.create_task(self._answer_streamed(raw, context, answers))
+                group.create_task(self._answer_streamed(raw, call, answers))
             await waiting.put(None)
 
         async with asyncio.TaskGroup() as group:
             group.create_task(read(group))
             while (answers := await waiting.get()) is not None:
                 while (answer := await answers.get()) is not None:
-                    await context.write(answer.SerializeToString())
+                    await call.write(answer.SerializeToString())
 
-    async def model_config(self, request: oip_pb2.ModelConfigRequest, _: Context) -> oip_pb2.ModelConfigResponse:
+    async def model_config(self, request: oip_pb2.ModelConfigRequest, _: Call) -> oip_pb2.ModelConfigResponse:
         """The model's interface in the form of Triton's configuration."""
         metadata = await self._backend.metadata(request.name, request.version)
         return oip_pb2.ModelConfigResponse(config=config_to_proto(metadata))
 
     async def model_statistics(
-        self, request: oip_pb2.ModelStatisticsRequest, _: Context
+        self, request: oip_pb2.ModelStatisticsRequest, _: Call
     ) -> oip_pb2.ModelStatisticsResponse:
         """What was counted of one model, or of all."""
         if request.name:
@@ -158,7 +155,7 @@ class OipService:
         return oip_pb2.ModelStatisticsResponse(model_stats=[self._statistics.message(*key) for key in wanted])
 
     async def repository_index(
-        self, request: oip_pb2.RepositoryIndexRequest, _: Context
+        self, request: oip_pb2.RepositoryIndexRequest, _: Call
     ) -> oip_pb2.RepositoryIndexResponse:
         """Every model and its state."""
         self._allowed_control()
@@ -177,7 +174,7 @@ class OipService:
         )
 
     async def repository_model_load(
-        self, request: oip_pb2.RepositoryModelLoadRequest, _: Context
+        self, request: oip_pb2.RepositoryModelLoadRequest, _: Call
     ) -> oip_pb2.RepositoryModelLoadResponse:
         """Load or reload a model from where it was configured."""
         control = self._allowed_control()
@@ -188,7 +185,7 @@ class OipService:
         return oip_pb2.RepositoryModelLoadResponse()
 
     async def repository_model_unload(
-        self, request: oip_pb2.RepositoryModelUnloadRequest, _: Context
+        self, request: oip_pb2.RepositoryModelUnloadRequest, _: Call
     ) -> oip_pb2.RepositoryModelUnloadResponse:
         """Stop serving a model."""
         await self._allowed_control().unload(request.model_name)
@@ -201,7 +198,7 @@ class OipService:
 
     @asynccontextmanager
     async def _admitted(
-        self, message: oip_pb2.ModelInferRequest, context: Context
+        self, message: oip_pb2.ModelInferRequest, call: Call
     ) -> AsyncIterator[tuple[InferRequest, Deadline, Stopwatch]]:
         if self.draining:
             raise ModelNotReady("the server is shutting down", retry_after_s=RETRY_AFTER_S)
@@ -212,7 +209,7 @@ class OipService:
             )
         with self.inflight:
             request = request_from_proto(message)
-            deadline = self._deadline(request, context)
+            deadline = self._deadline(request, call)
             async with _until(deadline):
                 # Asked each time, because releases are swapped live. A backend that may swap between this answer and
                 # the inference checks again against what it runs.
@@ -222,21 +219,22 @@ class OipService:
                     check_request(request, metadata)
                     yield request, deadline, watch
 
-    def _deadline(self, request: InferRequest, context: Context) -> Deadline:
-        remaining_s: float | None = context.time_remaining()
-        seconds = self._settings.default_timeout_s if remaining_s is None else remaining_s
+    def _deadline(self, request: InferRequest, call: Call) -> Deadline:
+        seconds = call.deadline.remaining
+        if math.isinf(seconds):
+            seconds = self._settings.default_timeout_s
         timeout_us = request.parameters.get("timeout")  # reserved by the protocol
         if isinstance(timeout_us, int) and timeout_us > 0:
             seconds = min(seconds, timeout_us / 1e6)
         return Deadline.after(seconds)
 
-    async def _answer_streamed(self, raw: bytes, context: Context, answers: _Queue) -> None:
+    async def _answer_streamed(self, raw: bytes, call: Call, answers: _Queue) -> None:
         identity = ""
         try:
             message = parse(oip_pb2.ModelInferRequest, raw)
             identity = message.id
             async with (
-                self._admitted(message, context) as (request, deadline, watch),
+                self._admitted(message, call) as (request, deadline, watch),
                 _closing(self._backend.stream(request, deadline)) as responses,
             ):
                 while True:
@@ -267,7 +265,7 @@ class Server:
     ) -> None:
         self._settings = settings
         self._service = OipService(backend, settings, control, name)
-        self._server: grpc.aio.Server | None = None
+        self._listener: transports.Listener | None = None
         self.port = 0
         """The port that is listened on, once started."""
 
@@ -279,38 +277,26 @@ class Server:
     async def start(self) -> int:
         """Listen; the bound port. Raises `ConfigError` if the address cannot be had."""
         names = [SERVICE.full_name]
-        server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", self._settings.max_message_bytes),
-                ("grpc.max_send_message_length", self._settings.max_message_bytes),
-                ("grpc.so_reuseport", 0),  # or a second server would take half of the calls unnoticed
-            ],
-            # Far enough out that requests meet `max_inflight` first, which says when to come back.
-            maximum_concurrent_rpcs=self._settings.max_inflight + MAX_OTHER_CALLS,
+        served = (
+            self._service.methods
+            | Health(self._service.ready, names).methods
+            | reflection_methods(names, [oip_pb2.DESCRIPTOR])
         )
-        server.add_generic_rpc_handlers(
-            [
-                self._service.handler,
-                Health(self._service.ready, names).handler,
-                reflection_handler(names, [oip_pb2.DESCRIPTOR]),
-            ]
-        )
-        self.port = listen(server, self._settings)
-        await server.start()
-        self._server = server
+        self._listener = await transports.listen(served, self._settings)
+        self.port = self._listener.port
         return self.port
 
     async def stop(self) -> None:
         """Say NOT_SERVING, refuse what is new, finish what is in flight within `drain_s`, then close. Idempotent."""
-        server, self._server = self._server, None
-        if server is None:
+        listener, self._listener = self._listener, None
+        if listener is None:
             return
         self._service.draining = True
         drained = False
         try:
             drained = await self._service.inflight.idle(self._settings.drain_s)
         finally:
-            await server.stop(FLUSH_S if drained else 0)
+            await listener.stop(FLUSH_S if drained else 0)
 
     async def __aenter__(self) -> Self:
         await self.start()

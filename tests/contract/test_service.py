@@ -9,6 +9,7 @@ from contract.oip import OipContract, Target
 from numpy.typing import NDArray
 from simulators.background import in_background
 
+from hedgerow import transports
 from hedgerow.config import ServerSettings
 from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.service import Server
@@ -46,10 +47,10 @@ def echo_inputs() -> dict[str, NDArray[Any]]:
     return {"text": np.array([["grün".encode(), b"nul\0inside\0"], [b"", b"x" * 1000]], dtype=object)}
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+@pytest.fixture(scope="module", params=transports.known())
+def address(request: pytest.FixtureRequest) -> Iterator[str]:
     backend = FunctionBackend(FunctionModel(SIMPLE, simple), FunctionModel(ECHO, echo))
-    settings = ServerSettings(port=0, max_message_bytes=MAX_MESSAGE_BYTES)
+    settings = ServerSettings(port=0, max_message_bytes=MAX_MESSAGE_BYTES, transport=request.param)
     with in_background(lambda: Server(backend, settings)) as server:
         yield server.address
 

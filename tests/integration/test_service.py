@@ -5,6 +5,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextvars import ContextVar
 from typing import Any, Self
 
 import grpc
@@ -15,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
+from hedgerow import transports
 from hedgerow.backend import Deadline
 from hedgerow.config import ServerSettings
 from hedgerow.errors import ConfigError
@@ -71,8 +73,18 @@ def request(name: str, *values: float, identity: str = "", **parameters: Any) ->
     return request_to_proto(InferRequest(model=name, inputs=(x,), id=identity, parameters=parameters))
 
 
+_transport: ContextVar[str] = ContextVar("transport")
+
+
+@pytest.fixture(params=transports.known(), autouse=True)
+def transport(request: pytest.FixtureRequest) -> str:
+    """Every test over every transport."""
+    _transport.set(request.param)
+    return str(request.param)
+
+
 def settings(**changes: Any) -> ServerSettings:
-    return ServerSettings(**{"port": 0, "drain_s": WAIT_S, **changes})
+    return ServerSettings(**{"port": 0, "drain_s": WAIT_S, "transport": _transport.get(), **changes})
 
 
 async def refused(call: Any) -> grpc.aio.AioRpcError:
@@ -187,12 +199,11 @@ async def test_one_request_too_many_is_refused_at_once_and_told_when_to_come_bac
         await to.oip.ModelInfer(request("held"))
 
 
-async def test_callers_who_only_hold_on_cannot_take_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hedgerow.service.MAX_OTHER_CALLS", 2)
+async def test_callers_who_only_hold_on_cannot_take_without_end() -> None:
     held = Held()
     held.let.set()
     backend = FunctionBackend(model("held", held.function))
-    async with Server(backend, settings(max_inflight=1)) as server, Connection(server) as to:
+    async with Server(backend, settings(max_inflight=1, max_calls=3)) as server, Connection(server) as to:
 
         async def is_answered() -> bool:
             try:

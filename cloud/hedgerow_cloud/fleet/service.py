@@ -18,14 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Self
 
-import grpc
+import msgspec
 
-from hedgerow import release
+from hedgerow import release, transports
 from hedgerow.config import ServerSettings
 from hedgerow.errors import HedgerowError, InvalidInput, InvalidRelease, LinkError, NotFound, Overloaded
-from hedgerow.health import Health, reflection_handler
+from hedgerow.health import Health, reflection_methods
 from hedgerow.proto import fleet_pb2, link_pb2
-from hedgerow.rpc import Context, generic_handler, listen, parse
+from hedgerow.rpc import Call, Method, methods, parse
 from hedgerow_cloud.fleet.blobs import Blobs
 from hedgerow_cloud.fleet.distribute import Distributor
 from hedgerow_cloud.fleet.intake import Intake
@@ -75,9 +75,9 @@ class FleetService:
         distributor.on_change(self._changed)
 
     @property
-    def handler(self) -> grpc.GenericRpcHandler:
-        """What to add to a server."""
-        return generic_handler(
+    def methods(self) -> dict[str, Method]:
+        """What to serve."""
+        return methods(
             fleet_pb2.DESCRIPTOR.services_by_name["Fleet"],
             {
                 "ListDevices": self.list_devices,
@@ -127,15 +127,15 @@ class FleetService:
 
     # Devices
 
-    async def list_devices(self, _: fleet_pb2.ListDevicesRequest, __: Context) -> fleet_pb2.ListDevicesResponse:
+    async def list_devices(self, _: fleet_pb2.ListDevicesRequest, __: Call) -> fleet_pb2.ListDevicesResponse:
         """Every device that was ever seen."""
         return fleet_pb2.ListDevicesResponse(devices=await asyncio.to_thread(self._store.devices))
 
-    async def get_device(self, request: fleet_pb2.GetDeviceRequest, _: Context) -> fleet_pb2.Device:
+    async def get_device(self, request: fleet_pb2.GetDeviceRequest, _: Call) -> fleet_pb2.Device:
         """One device; NOT_FOUND."""
         return await asyncio.to_thread(self._store.device, request.id)
 
-    async def watch_device(self, request: fleet_pb2.GetDeviceRequest, context: Context) -> None:
+    async def watch_device(self, request: fleet_pb2.GetDeviceRequest, call: Call) -> None:
         """One device, now and after each change; what changes faster than the caller reads is skipped."""
         if sum(map(len, self._watchers.values())) >= MAX_WATCHERS:
             raise Overloaded(f"{MAX_WATCHERS} callers watch devices already", retry_after_s=5.0)
@@ -147,7 +147,7 @@ class FleetService:
                 news.clear()
                 device = await asyncio.to_thread(self._store.device, request.id)
                 if device != last:
-                    await context.write(device.SerializeToString())
+                    await call.write(device.SerializeToString())
                     last = device
                 await news.wait()
         finally:
@@ -161,18 +161,18 @@ class FleetService:
 
     # Releases
 
-    async def list_releases(self, request: fleet_pb2.ListReleasesRequest, _: Context) -> fleet_pb2.ListReleasesResponse:
+    async def list_releases(self, request: fleet_pb2.ListReleasesRequest, _: Call) -> fleet_pb2.ListReleasesResponse:
         """The releases of one model or of all."""
         return fleet_pb2.ListReleasesResponse(releases=await asyncio.to_thread(self._store.releases, request.model))
 
-    async def get_metadata(self, request: fleet_pb2.GetMetadataRequest, _: Context) -> fleet_pb2.MetadataFile:
+    async def get_metadata(self, request: fleet_pb2.GetMetadataRequest, _: Call) -> fleet_pb2.MetadataFile:
         """A metadata file of the release repository; NOT_FOUND."""
         content = await asyncio.to_thread(self._releases.metadata, request.name)
         if content is None:
             raise NotFound(f"the release repository has no {request.name[:200]!r}")
         return fleet_pb2.MetadataFile(content=content)
 
-    async def publish(self, parts: AsyncIterator[bytes], context: Context) -> None:
+    async def publish(self, parts: AsyncIterator[bytes], call: Call) -> None:
         """Take a release in, wholly or not at all; answers with it as the fleet lists it."""
         if self._uploads >= MAX_UPLOADS:
             raise Overloaded(f"{MAX_UPLOADS} releases are being uploaded already", retry_after_s=5.0)
@@ -184,7 +184,7 @@ class FleetService:
         finally:
             self._uploads -= 1
         await _if_linked(self._distributor.announce)
-        await context.write(published.SerializeToString())
+        await call.write(published.SerializeToString())
 
     @contextmanager
     def _spool(self) -> Iterator[Intake]:
@@ -241,7 +241,7 @@ class FleetService:
 
     # Assignments
 
-    async def assign(self, request: fleet_pb2.AssignRequest, _: Context) -> fleet_pb2.AssignResponse:
+    async def assign(self, request: fleet_pb2.AssignRequest, _: Call) -> fleet_pb2.AssignResponse:
         """Give a release to devices: written down, signed into each one's director metadata, and said to it."""
         devices = sorted(set(request.devices)) or [device.id for device in await asyncio.to_thread(self._store.devices)]
         if not devices:
@@ -276,12 +276,12 @@ class FleetService:
 
     # Samples
 
-    async def list_samples(self, request: fleet_pb2.ListSamplesRequest, context: Context) -> None:
+    async def list_samples(self, request: fleet_pb2.ListSamplesRequest, call: Call) -> None:
         """The samples of a model in the order of arrival."""
         after = 0
         while page := await asyncio.to_thread(self._store.samples, request.model, after, SAMPLES_PAGE):
             for number, sample in page:
-                await context.write(sample.SerializeToString())
+                await call.write(sample.SerializeToString())
                 after = number
 
 
@@ -295,31 +295,20 @@ class FleetServer:
         self.port = settings.port
 
     async def __aenter__(self) -> Self:
-        self._server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.so_reuseport", 0),
-            ],
-            maximum_concurrent_rpcs=MAX_CALLS,
-        )
-
         async def ready() -> bool:
             return self._ready()
 
-        health = Health(ready, [SERVICE])
         files = [link_pb2.DESCRIPTOR, fleet_pb2.DESCRIPTOR]
-        self._server.add_generic_rpc_handlers(
-            (self._service.handler, health.handler, reflection_handler([SERVICE], files))
-        )
-        self.port = listen(self._server, self._settings)
-        await self._server.start()
+        served = self._service.methods | Health(ready, [SERVICE]).methods | reflection_methods([SERVICE], files)
+        limits = msgspec.structs.replace(self._settings, max_message_bytes=MAX_MESSAGE_BYTES, max_calls=MAX_CALLS)
+        self._listener = await transports.listen(served, limits)
+        self.port = self._listener.port
         _log.info("the fleet service listens on %s:%d", self._settings.host, self.port)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._service.close()
-        await self._server.stop(self._settings.drain_s)
+        await self._listener.stop(self._settings.drain_s)
 
 
 async def _if_linked(say: Callable[[], Awaitable[None]]) -> None:

@@ -1,0 +1,86 @@
+"""grpc.aio as a transport: the reference, which every other one is measured against."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from hedgerow import rpc
+from hedgerow.backend import Deadline
+from hedgerow.config import ServerSettings
+from hedgerow.errors import ConfigError, HedgerowError
+from hedgerow.rpc import Method, Methods
+
+_Context = grpc.aio.ServicerContext[bytes, bytes]
+
+
+async def listen(methods: Methods, settings: ServerSettings) -> "GrpcioListener":
+    """See `Transport`."""
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", settings.max_message_bytes),
+            ("grpc.max_send_message_length", settings.max_message_bytes),
+            ("grpc.so_reuseport", 0),  # or a second server would take half of the calls unnoticed
+        ],
+        maximum_concurrent_rpcs=settings.max_calls,
+    )
+    server.add_generic_rpc_handlers((_Handlers(methods),))
+    wanted = rpc.address(settings.host, settings.port)
+    try:
+        port = server.add_insecure_port(wanted)
+    except RuntimeError as error:
+        raise ConfigError(f"server.host, server.port: cannot listen on {wanted}; is it taken?") from error
+    await server.start()
+    return GrpcioListener(server, port)
+
+
+class GrpcioListener:
+    """See `Listener`."""
+
+    def __init__(self, server: grpc.aio.Server, port: int) -> None:
+        self._server = server
+        self.port = port
+
+    async def stop(self, grace_s: float) -> None:
+        """See `Listener`."""
+        await self._server.stop(grace_s)
+
+
+class _Handlers(grpc.GenericRpcHandler):
+    def __init__(self, methods: Methods) -> None:
+        self._handlers = {path: _handler(method) for path, method in methods.items()}
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[bytes, bytes] | None":
+        return self._handlers.get(handler_call_details.method)
+
+
+class _Call:
+    """See `rpc.Call`."""
+
+    def __init__(self, context: _Context) -> None:
+        remaining_s: float | None = context.time_remaining()
+        self.deadline = Deadline.never() if remaining_s is None else Deadline.after(remaining_s)
+        self.write = context.write
+        self._context = context
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {key: value for key, value in self._context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def _handler(method: Method) -> "grpc.RpcMethodHandler[bytes, bytes]":
+    async def answer(received: bytes | AsyncIterator[bytes], context: _Context) -> bytes | None:
+        try:
+            return await method.answer(received, _Call(context))
+        except HedgerowError as error:
+            await context.abort(error.status, rpc.details(error), rpc.trailers(error))
+
+    kinds: dict[tuple[bool, bool], Any] = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+        # One answer at the end, written like those of a stream.
+        (True, False): grpc.stream_stream_rpc_method_handler,
+    }
+    handler: grpc.RpcMethodHandler[bytes, bytes] = kinds[method.client_streaming, method.server_streaming](answer)
+    return handler
