@@ -10,7 +10,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -44,8 +44,21 @@ class ServerSettings(Settings, frozen=True, kw_only=True):
     max_calls: Count = 2048
     """Calls at once of any kind: requests, idle streams, health and its watchers. More are refused. Far enough above
     `max_inflight` that requests meet that first, which says when to come back."""
-    transport: str = "grpcio"
+    max_connections: Count = 16384
+    max_buffered_bytes: Annotated[int, msgspec.Meta(ge=1)] = 2**32
+    """Of messages that are still coming, all together; more are refused."""
+    transport: str = "native"
     """What speaks gRPC: a module of `hedgerow.transports`."""
+    compression: Literal["", "gzip", "deflate"] = ""
+    """Of answers, to callers who take it."""
+    keepalive_s: Seconds = 60.0
+    """Silence after which a client is asked whether it is there; without an answer for as long it is let go, and so is
+    a call whose caller has neither sent what is missing nor taken what is ready."""
+    tls_cert_file: str = ""
+    """PEM file with the server's certificate chain; empty: in the clear."""
+    tls_key_file: str = ""
+    tls_client_ca_file: str = ""
+    """PEM file of the authority that callers' certificates must come from; empty: callers need none."""
 
 
 class BrokerSettings(Settings, frozen=True, kw_only=True):

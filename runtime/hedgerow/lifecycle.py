@@ -58,15 +58,24 @@ class InFlight:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def __enter__(self) -> Self:
+    def enter(self) -> None:
+        """Something begins."""
         self.count += 1
-        self._idle.clear()
-        return self
+        if self.count == 1:
+            self._idle.clear()
 
-    def __exit__(self, *_: object) -> None:
+    def leave(self) -> None:
+        """Something that has entered ends."""
         self.count -= 1
         if not self.count:
             self._idle.set()
+
+    def __enter__(self) -> Self:
+        self.enter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
 
     async def idle(self, timeout_s: float | None = None) -> bool:
         """Wait until nothing is in flight, at most `timeout_s`; whether that came about."""

@@ -1,7 +1,8 @@
 """grpc.aio as a transport: the reference, which every other one is measured against."""
 
 from collections.abc import AsyncIterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import grpc
 
@@ -11,6 +12,13 @@ from hedgerow.config import ServerSettings
 from hedgerow.errors import ConfigError, HedgerowError
 from hedgerow.rpc import Method, Methods
 
+MIN_PING_INTERVAL_MS = 1000
+"""How often clients may ask whether we are there; gRPC's own limit is five minutes."""
+_COMPRESSIONS: Final = {
+    "": grpc.Compression.NoCompression,
+    "gzip": grpc.Compression.Gzip,
+    "deflate": grpc.Compression.Deflate,
+}
 _Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
@@ -21,13 +29,19 @@ async def listen(methods: Methods, settings: ServerSettings) -> "GrpcioListener"
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", settings.max_message_bytes),
             ("grpc.so_reuseport", 0),  # or a second server would take half of the calls unnoticed
+            ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
+            ("grpc.keepalive_timeout_ms", round(settings.keepalive_s * 1000)),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
         ],
+        compression=_COMPRESSIONS[settings.compression],
         maximum_concurrent_rpcs=settings.max_calls,
     )
     server.add_generic_rpc_handlers((_Handlers(methods),))
     wanted = rpc.address(settings.host, settings.port)
+    credentials = _credentials(settings)
     try:
-        port = server.add_insecure_port(wanted)
+        port = server.add_secure_port(wanted, credentials) if credentials else server.add_insecure_port(wanted)
     except RuntimeError as error:
         raise ConfigError(f"server.host, server.port: cannot listen on {wanted}; is it taken?") from error
     await server.start()
@@ -44,6 +58,17 @@ class GrpcioListener:
     async def stop(self, grace_s: float) -> None:
         """See `Listener`."""
         await self._server.stop(grace_s)
+
+
+def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
+    if not settings.tls_cert_file:
+        return None
+    try:
+        key, chain = Path(settings.tls_key_file).read_bytes(), Path(settings.tls_cert_file).read_bytes()
+        authority = Path(settings.tls_client_ca_file).read_bytes() if settings.tls_client_ca_file else None
+    except OSError as error:
+        raise ConfigError(f"server.tls_…_file: cannot read {error.filename}: {error.strerror}") from error
+    return grpc.ssl_server_credentials([(key, chain)], authority, require_client_auth=authority is not None)
 
 
 class _Handlers(grpc.GenericRpcHandler):

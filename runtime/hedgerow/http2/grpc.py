@@ -1,0 +1,134 @@
+"""gRPC's use of HTTP/2 (PROTOCOL-HTTP2.md of the gRPC project): messages in data, headers, statuses. No IO."""
+
+import re
+import zlib
+from collections.abc import Iterable
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+from hedgerow.errors import InvalidInput, Overloaded, Unsupported
+
+PREFIX_BYTES: Final = 5
+"""Before each message: whether it is compressed, and its length."""
+ENCODINGS: Final = {"gzip": 31, "deflate": 15}
+"""Compressions that we read, with zlib's `wbits` for them."""
+MIN_COMPRESSED_BYTES: Final = 1024
+"""Smaller messages are sent as they are."""
+_UNITS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+_TIMEOUT: Final = re.compile(r"(\d{1,8})([HMSmun])")
+
+
+def parse_timeout(text: str) -> float:
+    """The seconds in a `grpc-timeout`; raises `InvalidInput`."""
+    match = _TIMEOUT.fullmatch(text)
+    if match is None:
+        raise InvalidInput(f"grpc-timeout is {text[:20]!r}; expected up to eight digits and one of H, M, S, m, u, n")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def format_timeout(seconds: float) -> str:
+    """A `grpc-timeout` of at most `seconds`, which are not negative."""
+    for unit, scale in (("n", 1e9), ("u", 1e6), ("m", 1e3), ("S", 1.0)):
+        if (count := int(seconds * scale)) < 10**8:
+            return f"{count}{unit}"
+    return "99999999S"
+
+
+def quote(text: str) -> bytes:
+    """A `grpc-message`: UTF-8, what is not printable ASCII percent-encoded."""
+    return b"".join(
+        b"%c" % byte if 0x20 <= byte <= 0x7E and byte != 0x25 else b"%%%02X" % byte
+        for byte in text.encode(errors="replace")
+    )
+
+
+def unquote(text: bytes) -> str:
+    """What a `grpc-message` says, as far as it can be read."""
+    return unquote_to_bytes(text).decode(errors="replace")
+
+
+def frame_message(message: bytes, encoding: str = "") -> bytes:
+    """`message` with its prefix, compressed where that is asked for and pays."""
+    if encoding and len(message) >= MIN_COMPRESSED_BYTES:
+        packer = zlib.compressobj(level=1, wbits=ENCODINGS[encoding])
+        packed = packer.compress(message) + packer.flush()
+        if len(packed) < len(message):
+            return b"\1" + len(packed).to_bytes(4) + packed
+    return b"\0" + len(message).to_bytes(4) + message
+
+
+class MessageReader:
+    """Puts messages together from the data of a stream. Holds at most one that is incomplete.
+
+    `limit` bounds a message, compressed or not; `encoding` is the stream's `grpc-encoding`.
+    """
+
+    __slots__ = ("_compressed", "_encoding", "_have", "_limit", "_parts", "_prefix", "_size")
+
+    def __init__(self, limit: int, encoding: str = "") -> None:
+        self._limit = limit
+        self._encoding = encoding
+        self._prefix = b""
+        self._size = -1
+        self._have = 0
+        self._parts: list[bytes | memoryview] = []
+        self._compressed = False
+
+    @property
+    def held(self) -> int:
+        """Bytes of the incomplete message."""
+        return self._have + len(self._prefix)
+
+    def feed(self, part: bytes | memoryview) -> Iterable[bytes]:
+        """The messages that `part` completes; raises `Overloaded` (too large), `Unsupported`, `InvalidInput`."""
+        # The usual case: one whole message in one part.
+        if not self.held and len(part) >= PREFIX_BYTES and part[0] == 0:
+            size = int.from_bytes(part[1:PREFIX_BYTES])
+            if len(part) == PREFIX_BYTES + size and size <= self._limit:
+                return (bytes(part[PREFIX_BYTES:]),)
+        return tuple(self._feed(part))
+
+    def _feed(self, part: bytes | memoryview) -> Iterable[bytes]:
+        while part:
+            if self._size < 0:
+                missing = PREFIX_BYTES - len(self._prefix)
+                self._prefix += bytes(part[:missing])
+                part = part[missing:]
+                if len(self._prefix) < PREFIX_BYTES:
+                    return
+                self._begin()
+            missing = self._size - self._have
+            taken = part[:missing] if len(part) > missing else part
+            part = part[len(taken) :]
+            self._parts.append(taken)
+            self._have += len(taken)
+            if self._have == self._size:
+                yield self._whole()
+
+    def _begin(self) -> None:
+        flag, size = self._prefix[0], int.from_bytes(self._prefix[1:])
+        if flag > 1:
+            raise InvalidInput(f"a message begins with {flag}; expected 0 or 1")
+        if flag and self._encoding not in ENCODINGS:
+            raise Unsupported(f"a message is compressed by {self._encoding or 'nothing'!r}; expected gzip or deflate")
+        self._check(size)
+        self._compressed, self._size, self._prefix = bool(flag), size, b""
+
+    def _whole(self) -> bytes:
+        message = b"".join(self._parts)
+        self._parts, self._have, self._size = [], 0, -1
+        if not self._compressed:
+            return message
+        unpacker = zlib.decompressobj(ENCODINGS[self._encoding])
+        try:
+            plain = unpacker.decompress(message, self._limit + 1)
+        except zlib.error as error:
+            raise InvalidInput(f"a message is not {self._encoding}: {error}") from error
+        self._check(len(plain))
+        if not unpacker.eof:
+            raise InvalidInput(f"a message in {self._encoding} is cut off")
+        return plain
+
+    def _check(self, size: int) -> None:
+        if size > self._limit:
+            raise Overloaded(f"Received message larger than max ({size} vs. {self._limit})")  # as gRPC itself says it

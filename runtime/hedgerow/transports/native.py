@@ -1,0 +1,481 @@
+"""A gRPC server of our own on asyncio: the rules of `hedgerow.http2`, sockets, calls and their limits.
+
+grpc.aio spends some twenty times on carrying a small call what answering it costs. Here a burst of calls that came in
+one read is taken apart in one go and their answers leave in one write.
+
+What is held of a call: its message while it comes (all of them together within `ServerSettings.max_buffered_bytes`),
+its task, its answer until the caller has read it. Callers that stop reading, sending or answering pings are let go.
+"""
+
+import asyncio
+import math
+import re
+import ssl
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final, cast
+
+from google.protobuf import empty_pb2
+
+from hedgerow import rpc
+from hedgerow.backend import Deadline
+from hedgerow.config import ServerSettings
+from hedgerow.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    HedgerowError,
+    InvalidInput,
+    Overloaded,
+    Unavailable,
+    Unsupported,
+)
+from hedgerow.http2.connection import Code, Connection, ConnectionFault, Stream
+from hedgerow.http2.grpc import ENCODINGS, MessageReader, frame_message, parse_timeout, quote
+from hedgerow.http2.headers import header_block
+from hedgerow.lifecycle import InFlight
+from hedgerow.rpc import Method, Methods
+
+MAX_STREAMS = 2048
+"""Calls at once on one connection; more wait at the client, as HTTP/2 has it."""
+MAX_UNSENT_BYTES = 2**20
+"""Of a stream of answers that the caller has not read; the next answer waits."""
+HANDSHAKE_S = 20.0
+"""Within which a new connection must begin to speak HTTP/2."""
+BACKLOG = 1024
+RETRY_AFTER_S = 1.0
+_HEADERS: Final = ((b":status", b"200"), (b"content-type", b"application/grpc"))
+_OK_HEADERS: Final = header_block((*_HEADERS, (b"grpc-accept-encoding", b"identity,gzip,deflate")))
+_OK_TRAILERS: Final = header_block(((b"grpc-status", b"0"),))
+_PSEUDO: Final = frozenset({b":method", b":scheme", b":path", b":authority"})
+_OF_HTTP1: Final = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
+_CONTENT_TYPE: Final = re.compile(r"application/grpc($|[+;])")
+WHOLE_BYTES = 2**16
+"""Larger answers are not copied to stand behind their prefix."""
+
+
+async def listen(methods: Methods, settings: ServerSettings) -> "NativeListener":
+    """See `Transport`."""
+    listener = NativeListener(methods, settings)
+    try:
+        await listener.start()
+    except OSError as error:
+        wanted = rpc.address(settings.host, settings.port)
+        raise ConfigError(f"server.host, server.port: cannot listen on {wanted}: {error.strerror}") from error
+    return listener
+
+
+class NativeListener:
+    """See `Listener`."""
+
+    def __init__(self, methods: Methods, settings: ServerSettings) -> None:
+        self.methods = methods
+        self.settings = settings
+        self.port = 0
+        self.calls = InFlight()
+        self.buffered = 0
+        """Bytes of messages that are not all there."""
+        self.connections: set[_Connection] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Listen."""
+        loop, settings = asyncio.get_running_loop(), self.settings
+        self._server = await loop.create_server(
+            lambda: _Connection(self, loop),
+            settings.host,
+            settings.port,
+            backlog=BACKLOG,
+            reuse_port=False,  # or a second server would take half of the calls unnoticed
+            ssl=_tls(settings),
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def stop(self, grace_s: float) -> None:
+        """See `Listener`."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.close()
+        for connection in tuple(self.connections):
+            connection.say_goodbye()
+        await self.calls.idle(grace_s)
+        for connection in tuple(self.connections):
+            connection.close()
+        await server.wait_closed()
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What the headers of a call say. The same headers give the same object, over and over."""
+
+    path: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    timeout_s: float = math.inf
+    encoding: str = ""
+    answer_in: str = ""
+    """The compression that the caller takes."""
+    malformed: bool = False
+    """No request of HTTP/2."""
+    http_status: str = ""
+    """What to answer to a request that is none of gRPC."""
+    error: HedgerowError | None = None
+
+
+class _Stream(Stream):
+    """A call, in the form that handlers see: `rpc.Call`."""
+
+    __slots__ = (
+        "_connection",
+        "_room",
+        "begun",
+        "buffered",
+        "deadline",
+        "encoding",
+        "messages",
+        "metadata",
+        "method",
+        "moved",
+        "reader",
+        "task",
+        "timer",
+        "withheld",
+    )
+
+    def __init__(self, identity: int, connection: "_Connection", method: Method, head: _Head, limit: int) -> None:
+        super().__init__(identity, connection.initial_window)
+        self._connection = connection
+        self._room: asyncio.Future[None] | None = None
+        self.method = method
+        self.metadata = head.metadata
+        self.deadline = Deadline(time.monotonic() + head.timeout_s)
+        self.encoding = head.answer_in
+        self.reader = MessageReader(limit, head.encoding)
+        self.buffered = 0
+        """What the reader held when it was last looked at."""
+        self.messages: asyncio.Queue[bytes | None] | None = asyncio.Queue() if method.client_streaming else None
+        self.withheld = 0
+        """What the caller has sent and may not send again before the messages that wait are taken."""
+        self.begun = False
+        """Whether headers were sent."""
+        self.moved = True
+        """Whether data came or went since somebody looked."""
+        self.task: asyncio.Task[None] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+    async def write(self, message: bytes) -> None:
+        """See `rpc.Call`."""
+        self._connection.answer(self, message)
+        while self.unsent_bytes > MAX_UNSENT_BYTES:
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+
+    def sent(self) -> None:
+        """There may be room now."""
+        self.moved = True
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+
+    async def received(self) -> AsyncIterator[bytes]:
+        """The messages of a stream of requests."""
+        assert self.messages is not None
+        while (message := await self.messages.get()) is not None:
+            if self.messages.empty() and self.withheld:
+                self._connection.grant(self, self.withheld)
+                self.withheld = 0
+            yield message
+
+
+class _Connection(Connection[_Stream, _Head], asyncio.Protocol):
+    """One client."""
+
+    def __init__(self, listener: NativeListener, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(
+            client=False,
+            convert=partial(_read_head, listener.settings.compression),
+            max_streams=MAX_STREAMS,
+            wake=self._wake_up,
+        )
+        self._listener = listener
+        self._loop = loop
+        self._transport: asyncio.Transport | None = None
+        self._flushing = False
+        self._paused = False
+        self._heard = False
+        self._pinged = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    # The socket's side.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        self._transport = cast("asyncio.Transport", transport)
+        if len(self._listener.connections) >= self._listener.settings.max_connections:
+            self._transport.abort()
+            return
+        self._listener.connections.add(self)
+        self._timer = self._loop.call_later(HANDSHAKE_S, self._look)
+        self._wake_up()
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        self._heard = True
+        try:
+            self.feed(data)
+        except ConnectionFault:
+            self.close()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._transport = None
+        self._listener.connections.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        for stream in tuple(self.streams.values()):
+            self._drop(stream)
+
+    def pause_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        self._paused = False
+        self._wake_up()
+
+    def close(self) -> None:
+        """Let go of the connection: what is on its way leaves, calls end here."""
+        if self._transport is not None:
+            for stream in tuple(self.streams.values()):
+                self._refuse(stream, Unavailable("the server is shutting down", retry_after_s=RETRY_AFTER_S))
+            self._flush()
+            self._transport.close()
+            if self._paused:  # nobody reads
+                self._transport.abort()
+
+    def _wake_up(self) -> None:
+        if not self._flushing and not self._paused:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        while self._transport is not None and not self._paused and self.unsent:
+            self._transport.write(self.take())
+
+    def _look(self) -> None:
+        """Now and then: is the other side there, and do its calls get on?"""
+        assert self._transport is not None
+        if not self._settled or (self._pinged and not self._heard):
+            self._transport.abort()
+            return
+        self._pinged = not self._heard
+        if self._pinged:
+            self.ping()
+        self._heard = False
+        for stream in tuple(self.streams.values()):
+            waits_for_caller = stream.unsent or not (stream.ended or stream.method.client_streaming)
+            if waits_for_caller and not stream.moved:
+                self.reset(stream, Code.CANCEL)
+            stream.moved = False
+        self._timer = self._loop.call_later(self._listener.settings.keepalive_s, self._look)
+
+    # The calls' side.
+
+    def on_open(self, identity: int, headers: _Head) -> _Stream | None:
+        """See `Connection`."""
+        listener = self._listener
+        method = listener.methods.get(headers.path, _NO_METHOD)
+        stream = _Stream(identity, self, method, headers, listener.settings.max_message_bytes)
+        self.streams[identity] = stream
+        listener.calls.enter()
+        if headers.malformed:
+            self.reset(stream, Code.PROTOCOL_ERROR)
+            return None
+        if headers.http_status:
+            self.send(stream, header_block(((b":status", headers.http_status.encode()),)), b"", b"")
+            return None
+        error = headers.error
+        if listener.calls.count > listener.settings.max_calls:
+            limit = listener.settings.max_calls
+            error = Overloaded(f"{limit} calls are open, which is the limit", retry_after_s=RETRY_AFTER_S)
+        if error is not None:
+            self._refuse(stream, error)
+            return None
+        if headers.timeout_s < math.inf:
+            stream.timer = self._loop.call_at(stream.deadline.at, self._expire, stream)
+        if stream.messages is not None:
+            self._begin(stream, stream.received())
+        return stream
+
+    def on_headers(self, stream: _Stream, headers: _Head) -> None:
+        """See `Connection`: trailers of a caller mean nothing in gRPC."""
+
+    def on_data(self, stream: _Stream, part: bytes | memoryview) -> None:
+        """See `Connection`."""
+        stream.moved = True
+        listener = self._listener
+        try:
+            messages = stream.reader.feed(part)
+            held = stream.reader.held
+            if held or stream.buffered:
+                listener.buffered += held - stream.buffered
+                stream.buffered = held
+                if listener.buffered > listener.settings.max_buffered_bytes:
+                    raise Overloaded("too many messages are on their way here", retry_after_s=RETRY_AFTER_S)
+            for message in messages:
+                self._take_message(stream, message)
+        except HedgerowError as error:
+            self._refuse(stream, error)
+            return
+        if stream.messages is None or stream.messages.empty():
+            self.grant(stream, len(part))
+        else:
+            stream.withheld += len(part)
+
+    def _take_message(self, stream: _Stream, message: bytes) -> None:
+        if stream.messages is not None:
+            stream.messages.put_nowait(message)
+        elif stream.task is None:
+            self._begin(stream, message)
+        else:
+            raise InvalidInput(f"{stream.method.name} takes one message; there are more")
+
+    def on_end(self, stream: _Stream) -> None:
+        """See `Connection`."""
+        if stream.reader.held:
+            self._refuse(stream, InvalidInput("the call ended within a message"))
+        elif stream.messages is not None:
+            stream.messages.put_nowait(None)
+        elif stream.task is None and not stream.finished:
+            self._refuse(stream, InvalidInput("the call ended without a message"))
+
+    def on_sent(self, stream: _Stream) -> None:
+        """See `Connection`."""
+        stream.sent()
+
+    def on_gone(self, stream: _Stream) -> None:
+        """See `Connection`."""
+        self._listener.calls.leave()
+        self._listener.buffered -= stream.buffered
+        if stream.timer is not None:
+            stream.timer.cancel()
+        if stream.task is not None:
+            stream.task.cancel()
+
+    def _begin(self, stream: _Stream, received: bytes | AsyncIterator[bytes]) -> None:
+        # Not in a TaskGroup: each call's task belongs to its stream, which cancels it, and its end is handled in it.
+        stream.task = self._loop.create_task(self._run(stream, received))
+
+    async def _run(self, stream: _Stream, received: bytes | AsyncIterator[bytes]) -> None:
+        try:
+            answer = await stream.method.answer(received, stream)
+        except HedgerowError as error:
+            stream.task = None
+            self._refuse(stream, error)
+        except asyncio.CancelledError:
+            stream.task = None
+            self._refuse(stream, Unavailable("the call was given up here", retry_after_s=RETRY_AFTER_S))
+            raise
+        else:
+            stream.task = None
+            self.answer(stream, answer, ends=True)
+
+    def answer(self, stream: _Stream, message: bytes | None, *, ends: bool = False) -> None:
+        """Send `message`, if there is one, and after the last one the status."""
+        if stream.id in self.streams and not stream.finished:
+            first, last = None if stream.begun else _headers(stream.encoding), _OK_TRAILERS if ends else None
+            stream.begun = True
+            if message is None:
+                self.send(stream, first, b"", last)
+            elif len(message) < WHOLE_BYTES or stream.encoding:
+                self.send(stream, first, frame_message(message, stream.encoding), last)
+            else:
+                self.send(stream, first, b"\0" + len(message).to_bytes(4), None)
+                self.send(stream, None, message, last)
+
+    def _refuse(self, stream: _Stream, error: HedgerowError) -> None:
+        """End the call with the status of `error`."""
+        if stream.id not in self.streams:
+            return
+        if stream.unsent and stream.last is not None:  # its status is said, and the caller does not take it
+            self.reset(stream, Code.CANCEL)
+            return
+        status: int = error.status.value[0]
+        said = (
+            (b"grpc-status", b"%d" % status),
+            (b"grpc-message", quote(rpc.details(error))),
+            *((key.encode(), value.encode()) for key, value in rpc.trailers(error)),
+        )
+        if stream.begun:
+            self.send(stream, None, b"", header_block(said))
+        else:
+            self.send(stream, header_block((*_HEADERS, *said)), b"", b"")
+
+    def _expire(self, stream: _Stream) -> None:
+        self._refuse(stream, DeadlineExceeded(f"the deadline passed while {stream.method.name} was being answered"))
+        if stream.id in self.streams:  # what it was sent before is still on its way
+            self.reset(stream, Code.CANCEL)
+
+
+def _headers(encoding: str) -> bytes:
+    if not encoding:
+        return _OK_HEADERS
+    return header_block((*_HEADERS, (b"grpc-encoding", encoding.encode())))
+
+
+def _read_head(compression: str, pairs: list[tuple[bytes, bytes]]) -> _Head:
+    """What the headers of a call say; answers are to be compressed by `compression` if the caller takes that."""
+    pseudo: dict[bytes, bytes] = {}
+    metadata: dict[str, str] = {}
+    for name, value in pairs:
+        if name[:1] == b":":
+            if metadata or name in pseudo or name not in _PSEUDO:
+                return _Head(malformed=True)
+            pseudo[name] = value
+        elif not name or name != name.lower() or name in _OF_HTTP1 or (name == b"te" and value != b"trailers"):
+            return _Head(malformed=True)
+        elif not name.endswith(b"-bin"):
+            metadata[name.decode("latin-1")] = value.decode("latin-1")
+    if not {b":method", b":scheme", b":path"} <= pseudo.keys():
+        return _Head(malformed=True)
+    path = pseudo[b":path"].decode("latin-1")
+    if pseudo[b":method"] != b"POST":
+        return _Head(path, http_status="405")
+    if not _CONTENT_TYPE.match(metadata.get("content-type", "")):
+        return _Head(path, http_status="415")
+    encoding, timeout_s, error = metadata.get("grpc-encoding", "identity"), math.inf, None
+    try:
+        if encoding != "identity" and encoding not in ENCODINGS:
+            raise Unsupported(f"messages compressed by {encoding[:40]!r} are not read here; expected gzip or deflate")
+        if "grpc-timeout" in metadata:
+            timeout_s = parse_timeout(metadata["grpc-timeout"])
+    except HedgerowError as wrong:
+        error = wrong
+    accepted = metadata.get("grpc-accept-encoding", "").replace(" ", "").split(",")
+    return _Head(path, metadata, timeout_s, encoding, compression if compression in accepted else "", error=error)
+
+
+async def _no_method(_: AsyncIterator[bytes], __: rpc.Call) -> None:
+    raise Unsupported("there is no such method here")
+
+
+# Takes a stream, so that it answers without waiting for a message.
+_NO_METHOD: Final = Method("no method", _no_method, empty_pb2.Empty, client_streaming=True, server_streaming=True)
+
+
+def _tls(settings: ServerSettings) -> ssl.SSLContext | None:
+    if not settings.tls_cert_file:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2"])
+    try:
+        context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file)
+        if settings.tls_client_ca_file:
+            context.load_verify_locations(settings.tls_client_ca_file)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except OSError as error:
+        raise ConfigError(f"server.tls_…_file: the certificate, key or authority cannot be used: {error}") from error
+    return context
