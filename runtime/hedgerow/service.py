@@ -7,24 +7,30 @@ metadata, given what is left of the caller's deadline, answered by the backend, 
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
+from types import TracebackType
 from typing import Final, Self
 
 from hedgerow import __version__, transports
 from hedgerow.backend import Backend, Deadline, ModelControl
 from hedgerow.config import ServerSettings
-from hedgerow.errors import DeadlineExceeded, Forbidden, ModelNotReady, Overloaded, Unsupported
+from hedgerow.errors import DeadlineExceeded, Forbidden, InvalidInput, ModelNotReady, Overloaded, Unsupported
 from hedgerow.health import Health, reflection_methods
 from hedgerow.lifecycle import InFlight
 from hedgerow.proto import oip_pb2
 from hedgerow.rpc import Call, Method, address, details, methods, parse, public
-from hedgerow.statistics import Statistics, Stopwatch
+from hedgerow.statistics import Statistics
 from hedgerow.tensors import (
+    NOWHERE,
     InferRequest,
     InferResponse,
+    ModelMetadata,
+    Origin,
     check_request,
+    classified,
     config_to_proto,
     metadata_to_proto,
     request_from_proto,
@@ -39,6 +45,16 @@ RETRY_AFTER_S = 1.0
 """When a refused caller may try again."""
 FLUSH_S = 1.0
 """How long calls may linger after the drain: answers being sent, idle streams."""
+
+HOPS_KEY: Final = "hedgerow-hops"
+"""In a call's metadata: how many routers it has passed."""
+TENANT_KEY: Final = "hedgerow-tenant"
+"""In a call's metadata: who asks, where whoever stands before us vouches for it."""
+FINAL_ASKED: Final = "triton_enable_empty_final_response"
+FINAL: Final = "triton_final_response"
+DECOUPLED: Final = "decoupled"
+"""Property of a model that gives any number of answers to a request."""
+_ORIGIN: Final = frozenset({HOPS_KEY, TENANT_KEY, "traceparent", "tracestate"})
 
 SERVICE: Final = oip_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 _Queue = asyncio.Queue[oip_pb2.ModelStreamInferResponse | None]
@@ -99,7 +115,7 @@ class OipService:
 
     async def server_metadata(self, _: oip_pb2.ServerMetadataRequest, __: Call) -> oip_pb2.ServerMetadataResponse:
         """Name, version, and the extensions of the protocol that are really there."""
-        extensions = ["model_configuration", "parameters", "statistics"]
+        extensions = ["classification", "model_configuration", "parameters", "statistics"]
         if self._control is not None:
             extensions.append("model_repository")
         return oip_pb2.ServerMetadataResponse(name=self._name, version=__version__, extensions=extensions)
@@ -110,11 +126,17 @@ class OipService:
 
     async def model_infer(self, message: oip_pb2.ModelInferRequest, call: Call) -> oip_pb2.ModelInferResponse:
         """One answer to one request."""
-        async with self._admitted(message, call) as (request, deadline, watch):
-            with watch.infer():
-                response = await self._backend.infer(request, deadline)
-            watch.version = response.version
-            return _answer(request, response)
+        with self._admitted():
+            request = request_from_proto(message, origin(call.metadata))
+            deadline, timeout = self._deadline(request, call)
+            async with timeout:
+                metadata = await self._metadata(request)
+                with self._statistics.request(metadata) as watch:
+                    check_request(request, metadata)
+                    started = time.perf_counter_ns()
+                    response = await self._backend.infer(request, deadline)
+                    watch.answered(response.version, time.perf_counter_ns() - started)
+                    return _answer(message, request, response, metadata)
 
     async def model_stream_infer(self, raws: AsyncIterator[bytes], call: Call) -> None:
         """The answers of many requests, in the order of the requests; a request that fails says so in its place."""
@@ -196,10 +218,8 @@ class OipService:
             raise Forbidden("this server does not let its callers manage models")
         return self._control
 
-    @asynccontextmanager
-    async def _admitted(
-        self, message: oip_pb2.ModelInferRequest, call: Call
-    ) -> AsyncIterator[tuple[InferRequest, Deadline, Stopwatch]]:
+    def _admitted(self) -> InFlight:
+        """What counts a request while it is worked on; raises if no more are taken."""
         if self.draining:
             raise ModelNotReady("the server is shutting down", retry_after_s=RETRY_AFTER_S)
         if self.inflight.count >= self._settings.max_inflight:
@@ -207,43 +227,37 @@ class OipService:
                 f"{self._settings.max_inflight} requests are being worked on, which is the limit",
                 retry_after_s=RETRY_AFTER_S,
             )
-        with self.inflight:
-            request = request_from_proto(message)
-            deadline = self._deadline(request, call)
-            async with _until(deadline):
-                # Asked each time, because releases are swapped live. A backend that may swap between this answer and
-                # the inference checks again against what it runs.
-                metadata = await self._backend.metadata(request.model, request.version)
-                version = request.version or (metadata.versions[-1] if metadata.versions else "")
-                with self._statistics.request(request.model, version) as watch:
-                    check_request(request, metadata)
-                    yield request, deadline, watch
+        return self.inflight
 
-    def _deadline(self, request: InferRequest, call: Call) -> Deadline:
-        seconds = call.deadline.remaining
-        if math.isinf(seconds):
-            seconds = self._settings.default_timeout_s
+    async def _metadata(self, request: InferRequest) -> ModelMetadata:
+        """The interface to check `request` against, asked each time because releases are swapped live.
+
+        A backend that may swap between this answer and the inference checks again against what it runs.
+        """
+        return await self._backend.metadata(request.model, request.version)
+
+    def _deadline(self, request: InferRequest, call: Call) -> tuple[Deadline, AbstractAsyncContextManager[object]]:
+        """Until when `request` may take, and what holds it to that where the transport does not."""
+        limit_s = self._settings.default_timeout_s if math.isinf(call.deadline.at) else math.inf
         timeout_us = request.parameters.get("timeout")  # reserved by the protocol
         if isinstance(timeout_us, int) and timeout_us > 0:
-            seconds = min(seconds, timeout_us / 1e6)
-        return Deadline.after(seconds)
+            limit_s = min(limit_s, timeout_us / 1e6)
+        own = Deadline.after(limit_s)
+        if call.deadline.at <= own.at:
+            call.deadline.check("the request could be started")
+            return call.deadline, _UNLIMITED
+        return own, _Until(own)
 
     async def _answer_streamed(self, raw: bytes, call: Call, answers: _Queue) -> None:
         identity = ""
         try:
             message = parse(oip_pb2.ModelInferRequest, raw)
             identity = message.id
-            async with (
-                self._admitted(message, call) as (request, deadline, watch),
-                _closing(self._backend.stream(request, deadline)) as responses,
-            ):
-                while True:
-                    with watch.infer():
-                        response = await anext(responses, None)
-                    if response is None:
-                        break
-                    watch.version = response.version
-                    await answers.put(oip_pb2.ModelStreamInferResponse(infer_response=_answer(request, response)))
+            with self._admitted():
+                request = request_from_proto(message, origin(call.metadata))
+                deadline, timeout = self._deadline(request, call)
+                async with timeout:
+                    await self._stream(message, request, deadline, answers)
         except Exception as unknown:  # noqa: BLE001 (one request's fault must not end the stream; `public` logs it)
             await answers.put(
                 oip_pb2.ModelStreamInferResponse(
@@ -252,6 +266,31 @@ class OipService:
                 )
             )
         await answers.put(None)
+
+    async def _stream(
+        self, message: oip_pb2.ModelInferRequest, request: InferRequest, deadline: Deadline, answers: _Queue
+    ) -> None:
+        metadata = await self._metadata(request)
+        # Who asks to be told of the last answer is: by an empty one after those of a model that gives any number.
+        tell = request.parameters.get(FINAL_ASKED) is True
+        decoupled = metadata.properties.get(DECOUPLED) == "true"
+        with self._statistics.request(metadata) as watch:
+            check_request(request, metadata)
+            async with _closing(self._backend.stream(request, deadline)) as responses:
+                while True:
+                    started = time.perf_counter_ns()
+                    response = await anext(responses, None)
+                    if response is None:
+                        break
+                    watch.answered(response.version, time.perf_counter_ns() - started)
+                    answer = _answer(message, request, response, metadata)
+                    if tell:
+                        answer.parameters[FINAL].bool_param = not decoupled
+                    await answers.put(oip_pb2.ModelStreamInferResponse(infer_response=answer))
+        if tell and decoupled:
+            last = oip_pb2.ModelInferResponse(model_name=request.model, model_version=watch.version, id=request.id)
+            last.parameters[FINAL].bool_param = True
+            await answers.put(oip_pb2.ModelStreamInferResponse(infer_response=last))
 
 
 class Server:
@@ -306,9 +345,30 @@ class Server:
         await self.stop()
 
 
-def _answer(request: InferRequest, response: InferResponse) -> oip_pb2.ModelInferResponse:
+def origin(metadata: Mapping[str, str]) -> Origin:
+    """Where a call with this `metadata` comes from."""
+    if metadata.keys().isdisjoint(_ORIGIN):
+        return NOWHERE
+    hops = metadata.get(HOPS_KEY, "0")
+    if not hops.isdecimal() or len(hops) > 4:
+        raise InvalidInput(f"{HOPS_KEY} is {hops[:20]!r}; expected a small number")
+    return Origin(
+        tenant=metadata.get(TENANT_KEY, ""),
+        hops=int(hops),
+        traceparent=metadata.get("traceparent", ""),
+        tracestate=metadata.get("tracestate", ""),
+    )
+
+
+def _answer(
+    message: oip_pb2.ModelInferRequest, request: InferRequest, response: InferResponse, metadata: ModelMetadata
+) -> oip_pb2.ModelInferResponse:
     """The answer under the name and id that the caller used, whatever those behind us call the model."""
-    return response_to_proto(replace(response, model=request.model, id=request.id))
+    if response.model != request.model or response.id != request.id:
+        response = replace(response, model=request.model, id=request.id)
+    if message.outputs:
+        response = classified(response, message, metadata)
+    return response_to_proto(response)
 
 
 @asynccontextmanager
@@ -321,13 +381,24 @@ async def _closing(responses: AsyncIterator[InferResponse]) -> AsyncIterator[Asy
             await responses.aclose()
 
 
-@asynccontextmanager
-async def _until(deadline: Deadline) -> AsyncIterator[None]:
-    deadline.check("the request could be started")
-    try:
-        async with asyncio.timeout(deadline.remaining) as scope:
-            yield
-    except TimeoutError as error:
-        if scope.expired():
-            raise DeadlineExceeded("the deadline passed while the request was being worked on") from error
-        raise
+class _Until:
+    """Ends what is in it when the deadline passes, as `DeadlineExceeded`."""
+
+    def __init__(self, deadline: Deadline) -> None:
+        self._deadline = deadline
+        self._scope = asyncio.timeout_at(deadline.at)
+
+    async def __aenter__(self) -> None:
+        self._deadline.check("the request could be started")
+        await self._scope.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._scope.__aexit__(kind, error, trace)
+        except TimeoutError as timeout:
+            raise DeadlineExceeded("the deadline passed while the request was being worked on") from timeout
+
+
+_UNLIMITED: Final = nullcontext()

@@ -1,11 +1,11 @@
 """What a service counts of each model and version, in OIP's statistics extension."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Self
 
 from hedgerow.proto import oip_pb2
+from hedgerow.tensors import ModelMetadata
 
 
 @dataclass(slots=True)
@@ -34,18 +34,35 @@ class Counts:
 
 
 class Stopwatch:
-    """One request being timed. `version` is the one it counts for: whoever serves it sets the answer's."""
+    """One request being timed, from entering to leaving ``with``."""
 
-    def __init__(self, version: str) -> None:
+    __slots__ = ("_infer_ns", "_model", "_started", "_statistics", "version")
+
+    def __init__(self, statistics: "Statistics", metadata: ModelMetadata) -> None:
+        self._statistics = statistics
+        self._model = metadata.name
+        self.version = metadata.versions[-1] if metadata.versions else ""
+        """The one it counts for."""
+        self._infer_ns = 0
+
+    def answered(self, version: str, ns: int) -> None:
+        """The backend has answered by `version` and took `ns`."""
         self.version = version
-        self.infer_ns = 0
+        self._infer_ns += ns
 
-    @contextmanager
-    def infer(self) -> Iterator[None]:
-        """Time the backend's part."""
-        started = time.perf_counter_ns()
-        yield
-        self.infer_ns += time.perf_counter_ns() - started
+    def __enter__(self) -> Self:
+        self._started = time.perf_counter_ns()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        taken = time.perf_counter_ns() - self._started
+        counts = self._statistics.of(self._model, self.version)
+        if error is not None:  # the caller's leaving too
+            counts.fail.add(taken)
+            return
+        counts.success.add(taken)
+        counts.infer.add(self._infer_ns)
+        counts.last_unix_ms = time.time_ns() // 1_000_000
 
 
 class Statistics:
@@ -54,19 +71,9 @@ class Statistics:
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str], Counts] = {}
 
-    @contextmanager
-    def request(self, model: str, version: str) -> Iterator[Stopwatch]:
-        """Time a request and count it; `version` as far as it is known before there is an answer."""
-        watch, started = Stopwatch(version), time.perf_counter_ns()
-        try:
-            yield watch
-        except BaseException:  # the caller's leaving too
-            self._of(model, watch.version).fail.add(time.perf_counter_ns() - started)
-            raise
-        counts = self._of(model, watch.version)
-        counts.success.add(time.perf_counter_ns() - started)
-        counts.infer.add(watch.infer_ns)
-        counts.last_unix_ms = time.time_ns() // 1_000_000
+    def request(self, metadata: ModelMetadata) -> Stopwatch:
+        """What times a request to a model with this `metadata` and counts it."""
+        return Stopwatch(self, metadata)
 
     def message(self, model: str, version: str) -> oip_pb2.ModelStatistics:
         """The statistics of one model and version, zeros if nothing has happened."""
@@ -88,5 +95,6 @@ class Statistics:
         """The models and versions that something was counted for."""
         return set(self._counts)
 
-    def _of(self, model: str, version: str) -> Counts:
+    def of(self, model: str, version: str) -> Counts:
+        """The counts of one model and version."""
         return self._counts.setdefault((model, version), Counts())

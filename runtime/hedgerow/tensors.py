@@ -13,8 +13,8 @@ here and nowhere else. Rules of the conversions:
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -24,6 +24,8 @@ from hedgerow.proto import oip_pb2
 
 Parameter = bool | int | float | str
 
+CLASSIFICATION = "classification"
+"""Parameter of a requested output: how many classes of it are wanted, in words."""
 MAX_RANK = 32
 """Dimensions of a tensor; numpy 1's own limit."""
 MAX_ELEMENTS = 2**31
@@ -177,6 +179,16 @@ def tensor(name: str, value: ArrayLike, datatype: str = "") -> Tensor:
 
 def check_request(request: InferRequest, metadata: ModelMetadata) -> None:
     """Raise `InvalidInput` unless `request` has the inputs that the model takes and asks for outputs that it gives."""
+    # The usual request: every input in the model's own order, and all outputs.
+    if (
+        not request.outputs
+        and len(request.inputs) == len(metadata.inputs)
+        and all(
+            one.name == spec.name and one.datatype == spec.datatype and _fits(one.array.shape, spec.shape)
+            for one, spec in zip(request.inputs, metadata.inputs, strict=True)
+        )
+    ):
+        return
     specs = {spec.name: spec for spec in metadata.inputs}
     _check_distinct("input", [given.name for given in request.inputs])
     given = {one.name: one for one in request.inputs}
@@ -187,10 +199,7 @@ def check_request(request: InferRequest, metadata: ModelMetadata) -> None:
         spec = specs.get(name)
         if spec is None:
             raise InvalidInput(f"there is no input {name!r}: model {metadata.name} expects {_list(metadata.inputs)}")
-        fits = len(one.shape) == len(spec.shape) and all(
-            want in {-1, got} for want, got in zip(spec.shape, one.shape, strict=True)
-        )
-        if one.datatype != spec.datatype or not fits:
+        if one.datatype != spec.datatype or not _fits(one.shape, spec.shape):
             raise InvalidInput(
                 f"input {name!r}: expected {_type(spec.datatype, spec.shape)}, got {_type(one.datatype, one.shape)}"
             )
@@ -201,16 +210,30 @@ def check_request(request: InferRequest, metadata: ModelMetadata) -> None:
             raise InvalidInput(f"there is no output {name!r}: model {metadata.name} gives {_list(metadata.outputs)}")
 
 
-def request_from_proto(message: oip_pb2.ModelInferRequest) -> InferRequest:
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    return shape == wanted or (
+        len(shape) == len(wanted) and all(want in {-1, got} for want, got in zip(wanted, shape, strict=True))
+    )
+
+
+NOWHERE: Final = Origin()
+"""Of a request that says nothing of where it comes from."""
+
+
+def request_from_proto(message: oip_pb2.ModelInferRequest, origin: Origin = NOWHERE) -> InferRequest:
     """The request in `message`, well-formed in itself; whether it fits the model is for `check_request` to say."""
     if not message.model_name:
         raise InvalidInput("the request names no model")
-    for asked in message.outputs:
-        for parameter in asked.parameters:
-            if parameter == "classification" or parameter.startswith("shared_memory_"):
-                raise Unsupported(f"output {asked.name!r}: {parameter} is not supported here")
-    outputs = tuple(asked.name for asked in message.outputs)
-    _check_distinct("output", outputs)
+    outputs: tuple[str, ...] = ()
+    if message.outputs:
+        for asked in message.outputs:
+            for parameter, value in asked.parameters.items():
+                if parameter.startswith("shared_memory_"):
+                    raise Unsupported(f"output {asked.name!r}: {parameter} is not supported here")
+                if parameter == CLASSIFICATION and value.int64_param < 1:
+                    raise InvalidInput(f"output {asked.name!r}: {parameter} must be the number of classes wanted")
+        outputs = tuple(asked.name for asked in message.outputs)
+        _check_distinct("output", outputs)
     return InferRequest(
         model=message.model_name,
         version=message.model_version,
@@ -218,6 +241,7 @@ def request_from_proto(message: oip_pb2.ModelInferRequest) -> InferRequest:
         inputs=_tensors_from_proto("input", message.inputs, message.raw_input_contents, InvalidInput),
         outputs=outputs,
         parameters=_parameters_from_proto(message.parameters, InvalidInput),
+        origin=origin,
     )
 
 
@@ -257,6 +281,49 @@ def response_to_proto(response: InferResponse) -> oip_pb2.ModelInferResponse:
         outputs=[tensor_message(name=t.name, datatype=t.datatype, shape=t.shape) for t in response.outputs],
         raw_output_contents=[_to_raw("output", t, EngineFault) for t in response.outputs],
     )
+
+
+def classified(response: InferResponse, message: oip_pb2.ModelInferRequest, metadata: ModelMetadata) -> InferResponse:
+    """`response` with the outputs that `message` wants as classes in that form (OIP's classification extension).
+
+    Each is BYTES then: the largest values, the largest first, as "value:index" or, where the model's `labels` are
+    known, "value:index:label". Raises `InvalidInput` for an output of text.
+    """
+    wanted = {
+        asked.name: asked.parameters[CLASSIFICATION].int64_param
+        for asked in message.outputs
+        if CLASSIFICATION in asked.parameters
+    }
+    if not wanted:
+        return response
+    labels = metadata.properties["labels"].split(",") if metadata.properties.get("labels") else []
+    batched = {spec.name for spec in metadata.outputs if spec.shape[:1] == (-1,)}
+    return replace(
+        response,
+        outputs=tuple(
+            _classes(t, wanted[t.name], labels, batched=t.name in batched) if t.name in wanted else t
+            for t in response.outputs
+        ),
+    )
+
+
+def _classes(tensor: Tensor, count: int, labels: Sequence[str], *, batched: bool) -> Tensor:
+    if tensor.datatype == "BYTES":
+        raise InvalidInput(f"output {tensor.name!r}: {CLASSIFICATION} needs numbers, and it is text")
+    array = tensor.array
+    if tensor.datatype == "BF16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    rows = array.reshape((len(array), math.prod(array.shape[1:])) if batched else (1, array.size))
+    # Ascending over the reversed row, read backwards: of equal values the first comes first.
+    order = rows.shape[1] - 1 - np.argsort(rows[:, ::-1], axis=1, kind="stable")[:, ::-1][:, :count]
+    texts = [
+        f"{f'{row[index]:f}' if row.dtype.kind == 'f' else int(row[index])}:{index}"
+        + (f":{labels[index]}" if index < len(labels) else "")
+        for row, indices in zip(rows, order, strict=True)
+        for index in indices.tolist()
+    ]
+    shape = order.shape if batched else order.shape[1:]
+    return Tensor(tensor.name, "BYTES", _objects([text.encode() for text in texts], shape))
 
 
 def metadata_from_proto(message: oip_pb2.ModelMetadataResponse) -> ModelMetadata:
@@ -314,37 +381,38 @@ _TensorMessage = oip_pb2.ModelInferRequest.InferInputTensor | oip_pb2.ModelInfer
 def _tensors_from_proto(
     kind: str, messages: Sequence[_TensorMessage], raws: Sequence[bytes], fault: type[HedgerowError]
 ) -> tuple[Tensor, ...]:
-    _check_distinct(kind, [message.name for message in messages], fault)
+    if len(messages) > 1:
+        _check_distinct(kind, [message.name for message in messages], fault)
     if raws and len(raws) != len(messages):
         raise fault(f"expected one raw entry for each of {len(messages)} {kind}s, got {len(raws)}")
     tensors = []
     for index, message in enumerate(messages):
-        name, where = message.name, f"{kind} {message.name!r}"
-        for parameter in message.parameters:
-            if parameter.startswith("shared_memory_"):
-                raise Unsupported(f"{where}: shared memory is not supported here")
-        if message.datatype not in _DTYPES:
-            raise fault(f"{where}: expected a datatype out of {', '.join(_DTYPES)}, got {message.datatype!r}")
+        name, datatype = message.name, message.datatype
+        where = f"{kind} {name!r}"
+        if message.parameters and any(parameter.startswith("shared_memory_") for parameter in message.parameters):
+            raise Unsupported(f"{where}: shared memory is not supported here")
+        if datatype not in _DTYPES:
+            raise fault(f"{where}: expected a datatype out of {', '.join(_DTYPES)}, got {datatype!r}")
         shape = tuple(message.shape)
         count = _elements(where, shape, fault)
         if not raws:
             flat = _from_contents(where, message, count, fault)
         elif message.HasField("contents"):
             raise fault(f"{where}: expected raw or typed contents, got both")
-        elif message.datatype == "BYTES":
+        elif datatype == "BYTES":
             flat = _from_raw_bytes(where, raws[index], count, fault)
         else:
-            flat = _from_raw(where, raws[index], message.datatype, count, fault)
-        tensors.append(Tensor(name, message.datatype, flat.reshape(shape)))
+            flat = _from_raw(where, raws[index], datatype, count, fault)
+        tensors.append(Tensor(name, datatype, flat.reshape(shape)))
     return tuple(tensors)
 
 
 def _elements(where: str, shape: tuple[int, ...], fault: type[HedgerowError]) -> int:
     if len(shape) > MAX_RANK:
         raise fault(f"{where}: expected at most {MAX_RANK} dimensions, got {len(shape)}")
-    if any(size < 0 for size in shape):
+    if shape and min(shape) < 0:
         raise fault(f"{where}: expected dimensions of zero or more, got shape {list(shape)}")
-    if math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
+    if math.prod([size or 1 for size in shape]) > MAX_ELEMENTS:
         raise fault(f"{where}: expected at most {MAX_ELEMENTS} elements, got shape {list(shape)}")
     return math.prod(shape)
 
@@ -404,7 +472,7 @@ def _to_raw(kind: str, tensor: Tensor, fault: type[HedgerowError]) -> bytes:
     wanted = _DTYPES.get(tensor.datatype)
     if wanted is None:
         raise fault(f"{where}: expected a datatype out of {', '.join(_DTYPES)}, got {tensor.datatype!r}")
-    if array.dtype.newbyteorder("<") != wanted:
+    if array.dtype != wanted and array.dtype.newbyteorder("<") != wanted:
         raise fault(f"{where}: expected an array of {wanted.name} for {tensor.datatype}, got {array.dtype.name}")
     if tensor.datatype != "BYTES":
         return array.astype(wanted, copy=False).tobytes()
@@ -425,6 +493,8 @@ def _objects(elements: list[Any], shape: tuple[int, ...]) -> NDArray[Any]:
 def _parameters_from_proto(
     parameters: Mapping[str, oip_pb2.InferParameter], fault: type[HedgerowError]
 ) -> dict[str, Parameter]:
+    if not parameters:
+        return {}
     plain: dict[str, Parameter] = {}
     for key, parameter in parameters.items():
         choice = parameter.WhichOneof("parameter_choice")

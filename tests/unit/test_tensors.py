@@ -9,6 +9,7 @@ from google.protobuf.descriptor import Descriptor, EnumDescriptor
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from hedgerow.errors import EngineFault, HedgerowError, InvalidInput, Unsupported
@@ -20,6 +21,7 @@ from hedgerow.tensors import (
     Tensor,
     TensorSpec,
     check_request,
+    classified,
     config_to_proto,
     datatype_of,
     metadata_from_proto,
@@ -191,9 +193,42 @@ def test_a_malformed_input_is_named_with_what_was_expected(message: oip_pb2.Mode
 
 def test_what_would_change_the_answer_and_is_not_done_here_is_refused() -> None:
     message = one_input(fp32_contents=[1, 2])
-    message.outputs.add(name="y").parameters["classification"].int64_param = 3
-    with pytest.raises(Unsupported, match=r"'y'.*classification"):
+    asked = message.outputs.add(name="y")
+    asked.parameters["classification"].int64_param = 0
+    with pytest.raises(InvalidInput, match=r"'y'.*classification"):
         request_from_proto(message)
+    del asked.parameters["classification"]
+    asked.parameters["shared_memory_region"].string_param = "r"
+    with pytest.raises(Unsupported, match=r"'y'.*shared_memory_region"):
+        request_from_proto(message)
+
+
+@pytest.mark.parametrize(
+    ("array", "shape", "labels", "count", "wanted"),
+    [
+        (np.array([[0.5, 2, 2], [1, 0, -1]], np.float32), (-1, 3), "", 2,
+         [["2.000000:1", "2.000000:2"], ["1.000000:0", "0.000000:1"]]),
+        (np.array([[7, 9]], np.uint8), (-1, 2), "cat,dog", 5, [["9:1:dog", "7:0:cat"]]),
+        (np.array([3, 1], np.int64), (2,), "cat", 2, ["3:0:cat", "1:1"]),
+        (np.zeros((0, 4), np.float32), (-1, 4), "", 2, []),
+        (np.zeros((2, 0), np.float32), (-1, -1), "", 2, [[], []]),
+    ],
+)  # fmt: skip
+def test_an_output_as_classes_gives_the_largest_first(
+    array: NDArray[Any], shape: tuple[int, ...], labels: str, count: int, wanted: list[Any]
+) -> None:
+    spec = TensorSpec("y", datatype_of(array.dtype), shape)
+    metadata = ModelMetadata("m", ("1",), "", (), (spec,), {"labels": labels})
+    message = oip_pb2.ModelInferRequest(model_name="m")
+    message.outputs.add(name="y").parameters["classification"].int64_param = count
+    response = InferResponse(model="m", version="1", outputs=(Tensor("y", spec.datatype, array),))
+    got = classified(response, message, metadata).outputs[0]
+    assert got.datatype == "BYTES"
+    texts = [[e.decode() for e in row] if isinstance(row, list) else row.decode() for row in got.array.tolist()]
+    assert texts == wanted
+    text = InferResponse(model="m", version="1", outputs=(tensor("y", ["a"]),))
+    with pytest.raises(InvalidInput, match=r"'y'.*classification"):
+        classified(text, message, metadata)
 
 
 def test_a_malformed_answer_is_the_servers_fault_not_the_callers() -> None:

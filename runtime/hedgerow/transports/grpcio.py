@@ -1,5 +1,7 @@
 """grpc.aio as a transport: the reference, which every other one is measured against."""
 
+import asyncio
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
@@ -9,7 +11,7 @@ import grpc
 from hedgerow import rpc
 from hedgerow.backend import Deadline
 from hedgerow.config import ServerSettings
-from hedgerow.errors import ConfigError, HedgerowError
+from hedgerow.errors import ConfigError, DeadlineExceeded, HedgerowError
 from hedgerow.rpc import Method, Methods
 
 MIN_PING_INTERVAL_MS = 1000
@@ -95,8 +97,14 @@ class _Call:
 
 def _handler(method: Method) -> "grpc.RpcMethodHandler[bytes, bytes]":
     async def answer(received: bytes | AsyncIterator[bytes], context: _Context) -> bytes | None:
+        call = _Call(context)
+        at = None if math.isinf(call.deadline.at) else call.deadline.at
         try:
-            return await method.answer(received, _Call(context))
+            try:
+                async with asyncio.timeout_at(at):
+                    return await method.answer(received, call)
+            except TimeoutError as timeout:
+                raise DeadlineExceeded(f"the deadline passed while {method.name} was being answered") from timeout
         except HedgerowError as error:
             await context.abort(error.status, rpc.details(error), rpc.trailers(error))
 

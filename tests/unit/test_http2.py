@@ -1,0 +1,336 @@
+"""Our HTTP/2 against python-hyper's, in memory: whatever the one says the other must understand, in any pieces."""
+
+import itertools
+import struct
+from typing import Any
+
+import h2.config
+import h2.connection
+import h2.events
+import h2.settings
+import pytest
+from hpack import Encoder
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hedgerow.http2 import connection as http2
+from hedgerow.http2.connection import Code, Connection, ConnectionFault, Stream
+from hedgerow.http2.headers import HeaderReader, header_block
+
+REQUEST = [(":method", "POST"), (":scheme", "http"), (":path", "/a"), (":authority", "x"), ("te", "trailers")]
+ANSWER = header_block([(b":status", b"200")])
+TRAILERS = header_block([(b"grpc-status", b"0"), (b"long", b"x" * 300)])
+Pairs = list[tuple[bytes, bytes]]
+
+
+class Call(Stream):
+    """A stream and what came on it."""
+
+    def __init__(self, identity: int, window: int) -> None:
+        super().__init__(identity, window)
+        self.data = b""
+        self.headers: list[Pairs] = []
+        self.whole = self.gone = False
+
+
+class Side(Connection[Call, Pairs]):
+    """A connection that keeps what it is told, and grants back what it takes while `taking`."""
+
+    def __init__(self, *, client: bool = False, max_streams: int = 100) -> None:
+        super().__init__(client=client, convert=list, max_streams=max_streams, wake=lambda: None)
+        self.calls: dict[int, Call] = {}
+        self.taking = True
+        self.pongs = 0
+
+    def on_open(self, identity: int, headers: Pairs) -> Call:
+        return self.call(identity, headers)
+
+    def call(self, identity: int, headers: Pairs | None = None) -> Call:
+        call = self.calls[identity] = self.streams[identity] = Call(identity, self.initial_window)
+        if headers is not None:
+            call.headers.append(headers)
+        return call
+
+    def on_headers(self, stream: Call, headers: Pairs) -> None:
+        stream.headers.append(headers)
+
+    def on_data(self, stream: Call, part: bytes | memoryview) -> None:
+        stream.data += part
+        if self.taking:
+            self.grant(stream, len(part))
+
+    def on_end(self, stream: Call) -> None:
+        stream.whole = True
+
+    def on_gone(self, stream: Call) -> None:
+        assert not stream.gone
+        stream.gone = True
+
+    def on_pong(self) -> None:
+        self.pongs += 1
+
+
+class Peer:
+    """python-hyper's client (or server) at the other end."""
+
+    def __init__(self, side: Side, *, client: bool = True, pieces: int = 2**20) -> None:
+        self.side = side
+        self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=client, header_encoding=None))
+        self.h2.initiate_connection()
+        self.pieces = pieces
+        self.events: list[Any] = []
+        self.exchange()
+
+    def exchange(self) -> None:
+        """Carry bytes both ways until nobody has more to say."""
+        while True:
+            there = self.h2.data_to_send()
+            for at in range(0, len(there), self.pieces):
+                self.side.feed(there[at : at + self.pieces])
+            back = b""
+            while self.side.unsent:
+                back += self.side.take()
+            if not there and not back:
+                return
+            for event in self.h2.receive_data(back) if back else ():
+                self.events.append(event)
+                if isinstance(event, h2.events.DataReceived) and event.flow_controlled_length:
+                    self.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+
+    def data(self, identity: int) -> bytes:
+        received = [event for event in self.events if isinstance(event, h2.events.DataReceived)]
+        return b"".join(event.data for event in received if event.stream_id == identity)
+
+    def upload(self, identity: int, body: bytes) -> None:
+        while body:
+            self.exchange()
+            size = min(len(body), self.h2.local_flow_control_window(identity), self.h2.max_outbound_frame_size)
+            assert size > 0, "no window, for ever"
+            self.h2.send_data(identity, body[:size])
+            body = body[size:]
+        self.h2.end_stream(identity)
+        self.exchange()
+
+
+BODIES = st.one_of(st.binary(max_size=100), st.integers(0, 300_000).map(bytes))
+
+
+@given(st.lists(st.tuples(BODIES, BODIES), min_size=1, max_size=5), st.sampled_from([1, 7, 4096, 2**20]))
+def test_whatever_is_asked_and_answered_arrives_whole(calls: list[tuple[bytes, bytes]], pieces: int) -> None:
+    if sum(len(up) for up, _ in calls) > 5000:
+        pieces = max(pieces, 4096)
+    side = Side()
+    peer = Peer(side, pieces=pieces)
+    for number, (up, down) in enumerate(calls):
+        identity = 1 + 2 * number
+        peer.h2.send_headers(identity, [*REQUEST, ("n", str(number))])
+        peer.upload(identity, up)
+        call = side.calls[identity]
+        assert (call.data, call.whole) == (up, True)
+        assert call.headers[0][-1] == (b"n", str(number).encode())
+        side.send(call, ANSWER, down, TRAILERS)
+        peer.exchange()
+        assert peer.data(identity) == down
+        assert call.gone
+    ended = [event.stream_id for event in peer.events if isinstance(event, h2.events.StreamEnded)]
+    assert ended == list(side.calls)
+    assert not side.streams
+
+
+def test_a_large_answer_does_not_keep_a_small_one_waiting() -> None:
+    side = Side()
+    peer = Peer(side)
+    for identity in (1, 3):
+        peer.h2.send_headers(identity, REQUEST, end_stream=True)
+    peer.exchange()
+    side.send(side.calls[1], ANSWER, bytes(2**20), TRAILERS)
+    side.send(side.calls[3], ANSWER, b"small", TRAILERS)
+    peer.exchange()
+    ended = [event.stream_id for event in peer.events if isinstance(event, h2.events.StreamEnded)]
+    assert ended == [3, 1]
+
+
+def test_a_client_of_ours_is_understood_by_a_server() -> None:
+    side = Side(client=True)
+    peer = Peer(side, client=False)
+    head = header_block([(name.encode(), value.encode()) for name, value in REQUEST])
+    for number in range(3):
+        call = side.call(side.next_id())
+        body = bytes([number]) * 200_000
+        side.send(call, head, body, b"")
+        peer.exchange()
+        assert peer.data(call.id) == body
+        peer.h2.send_headers(call.id, [(":status", "200")])
+        for _ in range(200):
+            peer.h2.send_data(call.id, bytes(10_000))
+            peer.exchange()
+        peer.h2.send_headers(call.id, [("grpc-status", "0")], end_stream=True)
+        peer.exchange()
+        assert [pairs[0] for pairs in call.headers] == [(b":status", b"200"), (b"grpc-status", b"0")]
+        assert (len(call.data), call.whole, call.gone) == (2_000_000, True, True)
+
+
+def test_a_client_hears_of_the_servers_reset() -> None:
+    side = Side(client=True)
+    peer = Peer(side, client=False)
+    call = side.call(side.next_id())
+    side.send(call, header_block([(name.encode(), value.encode()) for name, value in REQUEST]), b"x", None)
+    peer.exchange()
+    peer.h2.reset_stream(call.id)
+    peer.exchange()
+    assert (call.gone, call.whole) == (True, False)
+
+
+def test_nobody_can_have_more_kept_than_was_granted() -> None:
+    side = Side()
+    side.taking = False
+    peer = Peer(side)
+    peer.h2.send_headers(1, REQUEST)
+    with pytest.raises(AssertionError, match="no window"):
+        peer.upload(1, bytes(2 * http2.STREAM_WINDOW))
+    assert len(side.calls[1].data) == http2.STREAM_WINDOW
+    side.grant(side.calls[1], http2.STREAM_WINDOW)
+    peer.exchange()
+    assert peer.h2.local_flow_control_window(1) == http2.STREAM_WINDOW
+    # And who does not keep to it is let go.
+    over = frame(http2.DATA, 0, 1, bytes(2**19)) * 9
+    with pytest.raises(ConnectionFault, match="more data than was granted to stream 1"):
+        side.feed(over)
+
+
+def test_streams_beyond_the_limit_are_refused_and_may_come_later() -> None:
+    side = Side(max_streams=1)
+    peer = Peer(side)
+    peer.h2.send_headers(1, REQUEST)
+    peer.exchange()
+    # python-hyper would not send it, so by hand.
+    side.feed(frame(http2.HEADERS, http2.END_HEADERS, 3, Encoder().encode(REQUEST)))
+    assert frame(http2.RST_STREAM, 0, 3, struct.pack(">I", Code.REFUSED_STREAM)) in side.take()
+    assert 3 not in side.calls
+
+
+def test_pings_are_answered_and_pongs_told() -> None:
+    side = Side()
+    peer = Peer(side)
+    peer.h2.ping(b"12345678")
+    side.ping()
+    peer.exchange()
+    acks = [event.ping_data for event in peer.events if isinstance(event, h2.events.PingAckReceived)]
+    assert (acks, side.pongs) == ([b"12345678"], 1)
+
+
+def test_a_new_initial_window_counts_for_streams_that_are_open() -> None:
+    side = Side()
+    peer = Peer(side)
+    peer.h2.send_headers(1, REQUEST, end_stream=True)
+    peer.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 10})
+    peer.exchange()
+    side.send(side.calls[1], ANSWER, bytes(30_000), TRAILERS)
+    side.take()
+    assert side.calls[1].unsent_bytes == 30_000 - 10
+    peer.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 30_000})
+    peer.side.feed(peer.h2.data_to_send())
+    side.take()
+    assert side.calls[1].unsent_bytes == 0
+
+
+def frame(kind: int, flags: int, identity: int, payload: bytes) -> bytes:
+    return len(payload).to_bytes(3) + bytes((kind, flags)) + identity.to_bytes(4) + payload
+
+
+HEAD = Encoder().encode(REQUEST)
+OPEN = frame(http2.HEADERS, http2.END_HEADERS, 1, HEAD)
+SETTINGS = frame(http2.SETTINGS, 0, 0, b"")
+
+LONG = frame(http2.CONTINUATION, 0, 1, bytes(9000))
+BOMB = b"\x40\x01a\x7f\xe0\x1e" + bytes(4063) + b"\xbe" * 10
+"""One entry that fills the table, and that one again and again."""
+
+
+def setting(name: int, value: int) -> bytes:
+    return frame(http2.SETTINGS, 0, 0, struct.pack(">HI", name, value))
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        (OPEN, Code.PROTOCOL_ERROR),  # before any settings
+        (SETTINGS + frame(http2.HEADERS, 4, 2, HEAD), Code.PROTOCOL_ERROR),
+        (SETTINGS + frame(http2.HEADERS, 4, 0, HEAD), Code.PROTOCOL_ERROR),
+        (SETTINGS + frame(http2.HEADERS, 0, 1, HEAD) + SETTINGS, Code.PROTOCOL_ERROR),
+        (SETTINGS + frame(http2.CONTINUATION, 4, 1, HEAD), Code.PROTOCOL_ERROR),
+        (SETTINGS + frame(http2.HEADERS, 0, 1, b"") + frame(http2.CONTINUATION, 0, 1, b""), Code.ENHANCE_YOUR_CALM),
+        (SETTINGS + frame(http2.HEADERS, 0, 1, b"") + LONG * 2, Code.ENHANCE_YOUR_CALM),
+        (SETTINGS + frame(http2.HEADERS, 4, 1, b"\xff\xff\xff\xff\xff"), Code.COMPRESSION_ERROR),
+        (SETTINGS + frame(http2.HEADERS, 4, 1, b"\xfe"), Code.COMPRESSION_ERROR),
+        (SETTINGS + frame(http2.HEADERS, 4, 1, BOMB), Code.COMPRESSION_ERROR),
+        (SETTINGS + frame(http2.HEADERS, 12, 1, b"\xff"), Code.PROTOCOL_ERROR),
+        (SETTINGS + frame(http2.HEADERS, 0x24, 1, b"\0"), Code.FRAME_SIZE_ERROR),
+        (SETTINGS + OPEN + frame(http2.DATA, 8, 1, b"\x05abc"), Code.PROTOCOL_ERROR),
+        (SETTINGS + frame(http2.DATA, 0, 1, b"a"), Code.PROTOCOL_ERROR),
+        (SETTINGS + frame(http2.DATA, 0, 0, b"a"), Code.PROTOCOL_ERROR),
+        (SETTINGS + OPEN + frame(http2.DATA, 1, 1, b"a") + frame(http2.DATA, 0, 1, b"a"), Code.STREAM_CLOSED),
+        (SETTINGS + OPEN + frame(http2.DATA, 1, 1, b"") + OPEN, Code.STREAM_CLOSED),
+        (SETTINGS + frame(http2.RST_STREAM, 0, 1, bytes(4)), Code.PROTOCOL_ERROR),
+        (SETTINGS + OPEN + frame(http2.RST_STREAM, 0, 1, bytes(3)), Code.FRAME_SIZE_ERROR),
+        (SETTINGS + frame(http2.WINDOW_UPDATE, 0, 1, b"\0\0\0\1"), Code.PROTOCOL_ERROR),
+        (SETTINGS + frame(http2.WINDOW_UPDATE, 0, 0, b"\0\0\0\0"), Code.FLOW_CONTROL_ERROR),
+        (SETTINGS + frame(http2.WINDOW_UPDATE, 0, 0, b"\x7f\xff\xff\xff"), Code.FLOW_CONTROL_ERROR),
+        (SETTINGS + frame(http2.PUSH_PROMISE, 4, 1, b"\0\0\0\2" + HEAD), Code.PROTOCOL_ERROR),
+        (SETTINGS + frame(http2.PING, 0, 0, bytes(7)), Code.FRAME_SIZE_ERROR),
+        (SETTINGS + frame(http2.PING, 0, 1, bytes(8)), Code.PROTOCOL_ERROR),
+        (SETTINGS + frame(http2.PING, 0, 0, bytes(8)) * 1001, Code.ENHANCE_YOUR_CALM),
+        (SETTINGS * 1001, Code.ENHANCE_YOUR_CALM),
+        (SETTINGS + frame(http2.SETTINGS, 1, 0, bytes(6)), Code.FRAME_SIZE_ERROR),
+        (frame(http2.SETTINGS, 0, 0, bytes(5)), Code.FRAME_SIZE_ERROR),
+        (setting(http2.INITIAL_WINDOW_SIZE, 2**31), Code.FLOW_CONTROL_ERROR),
+        (setting(http2.MAX_FRAME_SIZE, 1), Code.PROTOCOL_ERROR),
+        (setting(http2.ENABLE_PUSH, 2), Code.PROTOCOL_ERROR),
+        (SETTINGS + (2**20 + 1).to_bytes(3) + bytes(2) + b"\0\0\0\1", Code.FRAME_SIZE_ERROR),
+    ],
+)  # fmt: skip
+def test_who_breaks_a_rule_of_the_connection_is_told_which(sent: bytes, code: Code) -> None:
+    side = Side()
+    side.take()
+    with pytest.raises(ConnectionFault) as caught:
+        side.feed(http2.PREFACE + sent)
+    assert caught.value.code is code
+    goodbye = b""
+    while side.unsent:
+        goodbye += side.take()
+    at = goodbye.index(bytes((http2.GOAWAY, 0, 0, 0, 0, 0)))
+    assert int.from_bytes(goodbye[at + 10 : at + 14]) == code
+    assert side.closing
+
+
+def test_what_is_no_http2_is_seen_at_its_first_byte() -> None:
+    for sent in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01", b"PRI * HTTP/2.0\r\n\r\nSMxx"):
+        with pytest.raises(ConnectionFault, match="not HTTP/2"):
+            Side().feed(sent)
+
+
+@given(st.binary(max_size=200), st.lists(st.integers(0, 200), max_size=4))
+def test_noise_raises_nothing_but_faults(noise: bytes, cuts: list[int]) -> None:
+    side = Side()
+    sent = http2.PREFACE + SETTINGS + OPEN + noise
+    edges = [0, *sorted(min(cut, len(sent)) for cut in cuts), len(sent)]
+    try:
+        for start, end in itertools.pairwise(edges):
+            side.feed(sent[start:end])
+    except ConnectionFault:
+        assert side.closing
+
+
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(st.sampled_from(["a", "b", "grpc-timeout"]), st.text("0123456789m", max_size=6)), max_size=4
+        ),
+        max_size=12,
+    )
+)
+def test_a_block_that_was_seen_before_means_what_it_means_now(requests: list[list[tuple[str, str]]]) -> None:
+    encoder, reader = Encoder(), HeaderReader[Pairs](list)
+    for pairs in requests:
+        wanted = [(name.encode(), value.encode()) for name, value in pairs]
+        assert [tuple(pair) for pair in reader.read(encoder.encode(pairs))] == wanted
