@@ -44,6 +44,10 @@ class ServerSettings(Settings, frozen=True, kw_only=True):
     max_calls: Count = 2048
     """Calls at once of any kind: requests, idle streams, health and its watchers. More are refused. Far enough above
     `max_inflight` that requests meet that first, which says when to come back."""
+    model_control: bool = False
+    """Whether callers may list, load and unload models."""
+    control_token: str = ""
+    """What they must bring to do so, as "authorization: Bearer TOKEN"; empty: nothing."""
     max_connections: Count = 16384
     max_buffered_bytes: Annotated[int, msgspec.Meta(ge=1)] = 2**32
     """Of messages that are still coming, all together; more are refused."""

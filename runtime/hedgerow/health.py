@@ -6,6 +6,8 @@ from typing import Final, cast
 
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import FileDescriptor
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.json_format import MessageToJson, Parse
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
@@ -63,12 +65,19 @@ class Health:
 
 
 def reflection_methods(services: Iterable[str], files: Iterable[FileDescriptor]) -> dict[str, Method]:
-    """Server reflection of `services`, as `files` of any pool describe them (imports first), and of health."""
-    own = (SERVICE, reflection.SERVICE_NAME)
-    names = (*services, *own)
+    """Server reflection of `services`, as `files` of any pool describe them (imports first), and of health.
+
+    In both versions, which differ in nothing but the package's name: older tools know v1alpha only, newer ask v1 first.
+    """
+    alpha = _POOL.FindServiceByName(reflection.SERVICE_NAME)
+    text = MessageToJson(FileDescriptorProto.FromString(alpha.file.serialized_pb))
+    first = Parse(text.replace("v1alpha", "v1"), FileDescriptorProto())
     pool = descriptor_pool.DescriptorPool()
-    for file in (*files, *(_POOL.FindFileContainingSymbol(name) for name in own)):
+    for file in (*files, *(_POOL.FindServiceByName(name).file for name in (SERVICE, alpha.full_name))):
         pool.AddSerializedFile(file.serialized_pb)
+    pool.Add(first)
+    described = (alpha, pool.FindServiceByName(f"{first.package}.{alpha.name}"))
+    names = (*services, SERVICE, *(service.full_name for service in described))
     servicer = reflection.aio.ReflectionServicer(names, pool)
 
     async def answer(raws: AsyncIterator[bytes], call: Call) -> None:
@@ -78,4 +87,8 @@ def reflection_methods(services: Iterable[str], files: Iterable[FileDescriptor])
         async for response in responses:
             await call.write(response.SerializeToString())
 
-    return methods(_POOL.FindServiceByName(reflection.SERVICE_NAME), {"ServerReflectionInfo": answer})
+    return {
+        path: method
+        for service in described
+        for path, method in methods(service, {"ServerReflectionInfo": answer}).items()
+    }

@@ -6,6 +6,7 @@ metadata, given what is left of the caller's deadline, answered by the backend, 
 """
 
 import asyncio
+import hmac
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -177,10 +178,10 @@ class OipService:
         return oip_pb2.ModelStatisticsResponse(model_stats=[self._statistics.message(*key) for key in wanted])
 
     async def repository_index(
-        self, request: oip_pb2.RepositoryIndexRequest, _: Call
+        self, request: oip_pb2.RepositoryIndexRequest, call: Call
     ) -> oip_pb2.RepositoryIndexResponse:
         """Every model and its state."""
-        self._allowed_control()
+        self._allowed_control(call)
         index = oip_pb2.RepositoryIndexResponse.ModelIndex
         return oip_pb2.RepositoryIndexResponse(
             models=[
@@ -196,10 +197,10 @@ class OipService:
         )
 
     async def repository_model_load(
-        self, request: oip_pb2.RepositoryModelLoadRequest, _: Call
+        self, request: oip_pb2.RepositoryModelLoadRequest, call: Call
     ) -> oip_pb2.RepositoryModelLoadResponse:
         """Load or reload a model from where it was configured."""
-        control = self._allowed_control()
+        control = self._allowed_control(call)
         if request.parameters:
             names = ", ".join(sorted(request.parameters))
             raise Unsupported(f"loading {request.model_name!r} with {names} is not supported here")
@@ -207,15 +208,18 @@ class OipService:
         return oip_pb2.RepositoryModelLoadResponse()
 
     async def repository_model_unload(
-        self, request: oip_pb2.RepositoryModelUnloadRequest, _: Call
+        self, request: oip_pb2.RepositoryModelUnloadRequest, call: Call
     ) -> oip_pb2.RepositoryModelUnloadResponse:
         """Stop serving a model."""
-        await self._allowed_control().unload(request.model_name)
+        await self._allowed_control(call).unload(request.model_name)
         return oip_pb2.RepositoryModelUnloadResponse()
 
-    def _allowed_control(self) -> ModelControl:
+    def _allowed_control(self, call: Call) -> ModelControl:
         if self._control is None:
             raise Forbidden("this server does not let its callers manage models")
+        token, brought = self._settings.control_token, call.metadata.get("authorization", "")
+        if token and not hmac.compare_digest(brought.encode(), f"Bearer {token}".encode()):
+            raise Forbidden("managing models needs this server's control token, as authorization: Bearer TOKEN")
         return self._control
 
     def _admitted(self) -> InFlight:
