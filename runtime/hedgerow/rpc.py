@@ -138,11 +138,15 @@ def trailers(error: HedgerowError) -> tuple[tuple[str, str], ...]:
 def received(error: grpc.RpcError) -> HedgerowError:
     """What a failed call (of either kind of channel) means, with the server's message and pushback."""
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
-    status: grpc.StatusCode = error.code()
     pushback = str(dict(error.trailing_metadata() or ()).get(PUSHBACK_KEY, ""))
+    return failed(error.code(), error.details() or "", pushback)
+
+
+def failed(status: grpc.StatusCode, text: str, pushback: str = "") -> HedgerowError:
+    """What a call means that ended with `status`, `text` and the trailer `pushback`."""
     # Anything but a plain number means "do not retry" to gRPC, and nothing to us.
     retry_after_s = int(pushback) / 1000 if pushback.isascii() and pushback.isdigit() else None
-    return _ERRORS.get(status, HedgerowError)(error.details() or status.name, retry_after_s=retry_after_s)
+    return _ERRORS.get(status, HedgerowError)(text or status.name, retry_after_s=retry_after_s)
 
 
 def whole(answer: M | None, server: str) -> M:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Final, Generic, TypeVar
 
-from hedgerow.http2.headers import MAX_LIST_BYTES, HeaderFault, HeaderReader
+from hedgerow.http2.headers import MAX_LIST_BYTES, TABLE_BYTES, HeaderFault, HeaderReader
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DEFAULT_WINDOW = 65535
@@ -109,6 +109,8 @@ class Connection(Generic[S, H]):
         wake: Callable[[], None],
     ) -> None:
         self.streams: dict[int, S] = {}
+        self.table_bytes = TABLE_BYTES
+        """How much the other side remembers of our headers, if we want it to."""
         self.closing = False
         """Whether the last words were said, by either side: no new streams."""
         self._client = client
@@ -382,6 +384,8 @@ class Connection(Generic[S, H]):
                 raise ConnectionFault(Code.PROTOCOL_ERROR, "a switch is on or off")
             elif name == MAX_CONCURRENT_STREAMS and self._client:
                 self._max_streams = value
+            elif name == HEADER_TABLE_SIZE:
+                self.table_bytes = value
         self._settled = True
         self._answer(_frame(SETTINGS, ACK, 0, b""))
 

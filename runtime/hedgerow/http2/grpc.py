@@ -27,11 +27,12 @@ def parse_timeout(text: str) -> float:
 
 
 def format_timeout(seconds: float) -> str:
-    """A `grpc-timeout` of at most `seconds`, which are not negative."""
-    for unit, scale in (("n", 1e9), ("u", 1e6), ("m", 1e3), ("S", 1.0)):
-        if (count := int(seconds * scale)) < 10**8:
-            return f"{count}{unit}"
-    return "99999999S"
+    """A `grpc-timeout` of at most `seconds`, and at most one percent less: three digits, so that headers repeat."""
+    count, zeros = max(1, int(seconds * 1e6)), 0
+    while count >= 1000:
+        count, zeros = count // 10, zeros + 1
+    units, zeros = min(zeros // 3, 2), zeros - 3 * min(zeros // 3, 2)
+    return f"{count}{'0' * zeros}{'umS'[units]}" if zeros <= 5 else "99999999S"
 
 
 def quote(text: str) -> bytes:
