@@ -1,0 +1,28 @@
+"""Hedgerow without an agent: `hedgerow.service.Server` over a `ModelHost`."""
+
+# mypy: disable-error-code="import-not-found"
+
+import asyncio
+from pathlib import Path
+
+from engine import read_job
+
+from hedgerow import lifecycle
+from hedgerow.config import ServerSettings
+from hedgerow.host import HostSettings, ModelFile, ModelHost
+from hedgerow.service import Server
+
+
+async def main(stop: asyncio.Event) -> None:
+    job = read_job()
+    host = ModelHost(HostSettings(workers=job.workers, engine_threads=job.threads))
+    try:
+        await host.load_file(ModelFile(job.model, "1", Path(job.path)))
+        async with Server(host, ServerSettings(port=job.port)):
+            await stop.wait()
+    finally:
+        await host.close()
+
+
+if __name__ == "__main__":
+    raise SystemExit(lifecycle.run(main))
