@@ -1,72 +1,168 @@
-"""One gRPC channel to an OIP endpoint: how it is set up, when it stands, and what its failures are in words."""
+"""One connection to an OIP endpoint, from bytes to bytes: the only place that knows what speaks gRPC for us.
 
-from dataclasses import dataclass
+Whatever implements `Connection` raises the errors of `hedgerow.rpc.received`, whose messages name no addresses.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Final, Protocol, TypeAlias, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 
-from hedgerow.errors import ConfigError
-from hedgerow.proto.oip_pb2_grpc import GRPCInferenceServiceStub
+from hedgerow import rpc
+from hedgerow.errors import ConfigError, EngineFault, HedgerowError, Unavailable
+from hedgerow.proto import oip_pb2
 
-if TYPE_CHECKING:
-    from hedgerow.proto.oip_pb2_grpc import GRPCInferenceServiceAsyncStub  # a type only
-
+SERVICE: Final = oip_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 ADDRESSES = ("ipv4:", "ipv6:", "unix:", "DNS")
 """What marks the channel's own words, which name addresses, from the server's."""
+CANNOT_CONNECT = "cannot connect"
+GIVEN_UP = "the connection was given up"
 
-Stub: TypeAlias = "GRPCInferenceServiceAsyncStub"
+Metadata = tuple[tuple[str, str], ...]
+"""What goes with a call beside its message."""
 Connectivity = grpc.ChannelConnectivity
+M = TypeVar("M", bound=Message)
+_Stream: TypeAlias = "grpc.aio.StreamStreamMultiCallable[bytes, bytes]"
+_Unary: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 
 
-@dataclass(frozen=True, slots=True)
-class Connection:
-    """A channel and the stub over it."""
+class Connection(Protocol):
+    """A connection to one address. Belongs to one event loop; cancelling a call cancels the work at the other end."""
 
-    channel: grpc.aio.Channel
-    stub: Stub
+    @property
+    def standing(self) -> bool:
+        """Whether a call would go out at once. Asking also starts what is needed to get there."""
+        ...
 
     async def ready(self) -> None:
-        """Wait until the connection stands; raises `ConnectionError` if it cannot be had."""
-        while (state := self.channel.get_state(try_to_connect=True)) is not Connectivity.READY:
-            if state in {Connectivity.TRANSIENT_FAILURE, Connectivity.SHUTDOWN}:
-                raise ConnectionError("cannot connect")
-            await self.channel.wait_for_state_change(state)
+        """Wait until it stands; raises `ConnectionError` if it cannot be had."""
+        ...
+
+    async def unary(self, method: str, request: bytes, timeout_s: float, metadata: Metadata = ()) -> bytes:
+        """The answer to one call of OIP's `method`."""
+        ...
+
+    def stream(
+        self, method: str, request: bytes, timeout_s: float, metadata: Metadata = ()
+    ) -> AsyncGenerator[bytes, None]:
+        """The answers to one request of a streaming `method`; closing the generator cancels the call."""
+        ...
 
     async def close(self) -> None:
-        """Close the channel; calls on it are cancelled."""
-        await self.channel.close()
+        """Close it; calls on it fail with `Unavailable`."""
+        ...
 
 
-def connect(
-    target: str, credentials: grpc.ChannelCredentials | None, *, connect_timeout_s: float, max_message_bytes: int
-) -> Connection:
-    """A connection to `target` ("host:port") that is about to be made; without `credentials`, in the clear."""
-    options = [
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.min_reconnect_backoff_ms", round(connect_timeout_s * 1000)),
-        ("grpc.enable_retries", 0),  # retries are the caller's to budget
-        ("grpc.use_local_subchannel_pool", 1),  # or a new channel would be given an old one's dead connection
-    ]
-    if credentials is None:
-        channel = grpc.aio.insecure_channel(target, options)
-    else:
-        channel = grpc.aio.secure_channel(target, credentials, options)
-    return Connection(channel, GRPCInferenceServiceStub(channel))
+class Connector:
+    """Makes connections that differ in nothing but where they lead. Raises `ConfigError` for a `ca_file` it can't read.
+
+    `ca_file` is the PEM file of the authority to trust; empty: in the clear.
+    """
+
+    def __init__(self, *, ca_file: str, connect_timeout_s: float, max_message_bytes: int) -> None:
+        self._credentials: grpc.ChannelCredentials | None = None
+        if ca_file:
+            try:
+                self._credentials = grpc.ssl_channel_credentials(Path(ca_file).read_bytes())
+            except OSError as error:
+                raise ConfigError(f"ca_file: cannot read {ca_file}: {error.strerror}") from error
+        self._options: list[tuple[str, str | int]] = [
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
+            ("grpc.min_reconnect_backoff_ms", round(connect_timeout_s * 1000)),
+            ("grpc.enable_retries", 0),  # retries are the caller's to budget
+            ("grpc.use_local_subchannel_pool", 1),  # or a new channel would be given an old one's dead connection
+        ]
+
+    def connect(self, address: str, authority: str = "") -> Connection:
+        """A connection to `address` ("host:port") that is about to be made.
+
+        `authority` is the name that the endpoint's certificate and virtual host have, where `address` is a number.
+        """
+        options = list(self._options)
+        if authority and self._credentials is not None:
+            options.append(("grpc.ssl_target_name_override", authority))
+        elif authority:
+            options.append(("grpc.default_authority", authority))
+        if self._credentials is None:
+            return _GrpcConnection(grpc.aio.insecure_channel(address, options))
+        return _GrpcConnection(grpc.aio.secure_channel(address, self._credentials, options))
 
 
-def credentials_from(ca_file: str) -> grpc.ChannelCredentials | None:
-    """Credentials that trust the authority in the PEM file; None for no file. Raises `ConfigError`."""
-    if not ca_file:
-        return None
+def parsed(kind: type[M], raw: bytes, server: str) -> M:
+    """The message of `kind` that `server` answered with; raises `EngineFault` if it is none."""
     try:
-        return grpc.ssl_channel_credentials(Path(ca_file).read_bytes())
-    except OSError as error:
-        raise ConfigError(f"ca_file: cannot read {ca_file}: {error.strerror}") from error
+        return kind.FromString(raw)
+    except DecodeError:
+        raise EngineFault(f"{server} answered with bytes that are no message of the protocol") from None
 
 
-def in_words(error: grpc.aio.AioRpcError) -> str:
-    """Why a call failed, without the addresses that the channel itself would name."""
-    details = error.details() or error.code().name
-    return "cannot connect" if any(mark in details for mark in ADDRESSES) else details
+class _GrpcConnection:
+    """A grpc.aio channel as a `Connection`."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._channel = channel
+        self._calls: dict[str, _Unary] = {}
+
+    @property
+    def standing(self) -> bool:
+        return self._channel.get_state(try_to_connect=True) is Connectivity.READY
+
+    async def ready(self) -> None:
+        try:
+            while (state := self._channel.get_state(try_to_connect=True)) is not Connectivity.READY:
+                if state in {Connectivity.TRANSIENT_FAILURE, Connectivity.SHUTDOWN}:
+                    raise ConnectionError(CANNOT_CONNECT)
+                await self._channel.wait_for_state_change(state)
+        except grpc.aio.UsageError:  # closed while we waited
+            raise ConnectionError(GIVEN_UP) from None
+
+    async def unary(self, method: str, request: bytes, timeout_s: float, metadata: Metadata = ()) -> bytes:
+        call = self._calls.get(method)
+        if call is None:
+            call = self._calls[method] = self._channel.unary_unary(f"/{SERVICE}/{method}")
+        try:
+            return await call(request, timeout=timeout_s, metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            raise _received(error) from error
+        except grpc.aio.UsageError:
+            raise Unavailable(GIVEN_UP) from None
+        except asyncio.CancelledError:
+            _reraise_if_ours()
+            raise Unavailable(GIVEN_UP) from None
+
+    async def stream(
+        self, method: str, request: bytes, timeout_s: float, metadata: Metadata = ()
+    ) -> AsyncGenerator[bytes, None]:
+        start: _Stream = self._channel.stream_stream(f"/{SERVICE}/{method}")
+        call = start(iter([request]), timeout=timeout_s, metadata=metadata)
+        try:
+            async for answer in call:
+                yield answer
+        except grpc.aio.AioRpcError as error:
+            raise _received(error) from error
+        except asyncio.CancelledError:
+            _reraise_if_ours()
+            raise Unavailable(GIVEN_UP) from None
+        finally:
+            call.cancel()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+def _received(error: grpc.aio.AioRpcError) -> HedgerowError:
+    fault = rpc.received(error)
+    if any(mark in str(fault) for mark in ADDRESSES):
+        return type(fault)(CANNOT_CONNECT, retry_after_s=fault.retry_after_s)
+    return fault
+
+
+def _reraise_if_ours() -> None:
+    """Let a cancellation pass that somebody asked for; a closed channel cancels its calls as well."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise  # noqa: PLE0704 (called while it is being handled)

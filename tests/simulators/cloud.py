@@ -27,7 +27,8 @@ START_S = 30.0
 class Cloud:
     """Serves `MODEL`: its answer for class k is class k, or class k + 1 where it `contradicts`."""
 
-    def __init__(self, *, port: int = 0, sha256: str = "") -> None:
+    def __init__(self, *, port: int = 0, sha256: str = "", host: str = "127.0.0.1") -> None:
+        self.host = host
         self.port = port
         self.sha256 = sha256
         self.delay_s = 0.0
@@ -43,7 +44,7 @@ class Cloud:
 
     @property
     def target(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     async def __aenter__(self) -> Self:
         properties = {"sha256": self.sha256} if self.sha256 else {}
@@ -56,7 +57,7 @@ class Cloud:
             properties,
         )
         # Almost nothing is drained: leaving is as abrupt as a crash to whoever is being answered.
-        settings = ServerSettings(port=self.port, drain_s=0.001)
+        settings = ServerSettings(host=self.host, port=self.port, drain_s=0.001)
         self._server = Server(FunctionBackend(FunctionModel(metadata, self._answer), name="cloud"), settings)
         self.port = await self._server.start()
         return self
