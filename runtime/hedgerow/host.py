@@ -1,41 +1,39 @@
-"""The host: the backend that owns engines. Loads, warms, swaps and drains models, and runs them off the event loop.
+"""The host: the backend that owns engines. Loads, warms, swaps and drains models, each with threads of its own.
 
 A model's life: `stage` opens and warms it beside what serves; `activate` makes it the one that answers, in one step;
-requests in flight finish on the one they started on, which is closed after the last of them.
+what runs then finishes on the one it started on, which is closed after the last of them, and what waits is answered by
+the new one. Requests are queued and put together in `hedgerow.batching`, model by model, so that one which hangs or is
+slow keeps no other from answering.
 """
 
 import asyncio
-import hashlib
 import logging
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
-from hedgerow import engines
 from hedgerow.backend import Deadline, ModelState, Snapshot
+from hedgerow.batch import Runnable
+from hedgerow.batching import BatchCounts, Batcher
 from hedgerow.config import Count, Seconds, Settings
-from hedgerow.errors import EngineFault, HedgerowError, InvalidRelease, ModelNotFound, ModelNotReady
-from hedgerow.latency import LatencyWindow
-from hedgerow.tensors import (
-    InferRequest,
-    InferResponse,
-    ModelMetadata,
-    Tensor,
-    TensorSpec,
-    check_request,
-    numpy_dtype,
-)
-from hedgerow.workers import Workers
+from hedgerow.errors import ModelNotFound, ModelNotReady
+from hedgerow.loading import ModelFile, file_bytes, open_model
+from hedgerow.scheduling import BatchSettings
+from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata
 
-BFLOAT16_EXPONENT = 0x7F80
+__all__ = ["BatchSettings", "HostSettings", "ModelFile", "ModelHost", "Staged"]
+
+MEMORY_FACTOR = 1.5
+"""Memory that an open model takes, as a multiple of its file: the weights, often once more in the layout of the
+kernels, and what is between the layers."""
+ROOM_RETRY_S = 1.0
+"""When to ask again for a model that is being loaded, or that there is no room for."""
 
 log = logging.getLogger(__name__)
 
@@ -44,94 +42,70 @@ class HostSettings(Settings, frozen=True, kw_only=True):
     """How models are run on this machine."""
 
     workers: Count = 2
-    """Requests that run at the same time."""
+    """Batches of one model that run at the same time."""
     engine_threads: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Threads that an engine uses for one request; 0: the machine's cores shared among the workers."""
+    """Threads that an engine uses for one batch; 0: the machine's cores shared among the workers."""
     queue_size: Count = 128
-    """Requests that wait for a worker; more are refused."""
+    """Requests for one model that wait for a worker; more are refused."""
+    batching: BatchSettings = BatchSettings()
+    models: dict[str, BatchSettings] = msgspec.field(default_factory=dict)
+    """By model, in place of `batching`."""
     drain_s: Seconds = 10.0
-    """How long requests in flight may take when the host is closed."""
+    """How long requests in flight may take when their model is replaced or unloaded or the host closed. What takes
+    longer is left to end by itself."""
+    memory_budget_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """What all open models together may take; 0: no limit. See `MEMORY_FACTOR`. Leave room for a swap, during which a
+    model is open twice."""
 
-
-@dataclass(frozen=True, slots=True)
-class ModelFile:
-    """A file that can answer for `model` in `version`. A given `sha256` must be the file's."""
-
-    model: str
-    version: str
-    path: Path
-    engine: str = "onnxruntime"
-    sha256: str = ""
-    precision: str = ""
-    labels: tuple[str, ...] = ()
-    """Names of the classes; none may have a comma in it."""
+    def batch_settings(self, model: str) -> BatchSettings:
+        """Those of `model`, with real `instances` and `queue_size`."""
+        settings = self.models.get(model, self.batching)
+        return msgspec.structs.replace(
+            settings, instances=settings.instances or self.workers, queue_size=settings.queue_size or self.queue_size
+        )
 
 
 class Staged:
-    """A model that is open and warm. Made by `ModelHost.stage`.
+    """A model that is open and warm. Made by `ModelHost.stage`."""
 
-    `answers` and `faults` count what it has answered, and what it has crashed on or answered with nonsense.
-    """
-
-    def __init__(self, file: ModelFile, session: engines.Session, metadata: ModelMetadata, host: "ModelHost") -> None:
+    def __init__(self, file: ModelFile, model: Runnable, host: "ModelHost", memory_bytes: int) -> None:
         self.file = file
-        self.metadata = metadata
-        self.answers = 0
-        self.faults = 0
-        self.users = 0
-        self.latency = LatencyWindow()
+        self.metadata = model.metadata
+        self.batcher = Batcher(model, host.settings.batch_settings(file.model))
+        self.memory_bytes = memory_bytes
+        """What it is taken to need."""
+        self.used = 0
+        """The larger, the more recently."""
         self.closed = asyncio.Event()
-        self._retired = False
-        self._closing = False
-        self._session = session
+        self._model = model
         self._host = host
+
+    @property
+    def answers(self) -> int:
+        """Requests that it has answered."""
+        return self.batcher.answers
+
+    @property
+    def faults(self) -> int:
+        """Requests that it has crashed on, hung on, or answered with nonsense."""
+        return self.batcher.faults
+
+    @property
+    def users(self) -> int:
+        """Requests that wait for it or run."""
+        return self.batcher.inflight
 
     async def infer(self, request: InferRequest, deadline: Deadline) -> InferResponse:
         """The answer of this very model, whatever the host serves meanwhile."""
-        if self._retired:
-            raise ModelNotReady(f"{self.file.model} {self.file.version} is being let go")
-        check_request(request, self.metadata)
-        deadline.check("the model ran")
-        self.users += 1
-        started = time.monotonic()
-        try:
-            response = await self._host.workers.run(
-                lambda: self._run(request), deadline, self._release, self.latency.quantile(0.5)
-            )
-        except EngineFault:
-            self.faults += 1
-            raise
-        self.answers += 1
-        self.latency.add(time.monotonic() - started)
-        return response
+        return await self.batcher.infer(request, deadline, bound=True)
 
     def retire(self) -> None:
         """Take no more requests, and close once the last one is done."""
-        self._retired = True
-        if not self.users and not self._closing:
-            self._closing = True
-            self._host.close_session(self._session, self.closed)
+        self.batcher.retire(self._close)
 
-    def _release(self) -> None:
-        self.users -= 1
-        if self._retired:
-            self.retire()
-
-    def _run(self, request: InferRequest) -> InferResponse:
-        """On a worker's thread."""
-        outputs = request.outputs or tuple(spec.name for spec in self.metadata.outputs)
-        arrays = self._session.run({given.name: given.array for given in request.inputs}, outputs)
-        datatypes = {spec.name: spec.datatype for spec in self.metadata.outputs}
-        for name, array in arrays.items():
-            # What came in as NaN may go out as NaN: that is the model's answer, not its fault.
-            if not _finite(array, datatypes[name]) and all(_finite(t.array, t.datatype) for t in request.inputs):
-                raise EngineFault(f"output {name!r} of {self.file.model} {self.file.version} is not finite")
-        return InferResponse(
-            model=request.model,
-            version=self.file.version,
-            id=request.id,
-            outputs=tuple(Tensor(name, datatypes[name], array) for name, array in arrays.items()),
-        )
+    def _close(self) -> None:
+        self.batcher.close()
+        self._host.let_go(self, self._model)
 
 
 class ModelHost:
@@ -139,50 +113,63 @@ class ModelHost:
 
     def __init__(self, settings: HostSettings | None = None, *, name: str = "edge") -> None:
         self.settings = settings or HostSettings()
-        self.workers = Workers(self.settings.workers, self.settings.queue_size, f"{name}-engine")
         self._name = name
-        # One at a time, and not on the workers: loading must not take a thread away from those who are being answered.
+        # One at a time, and in order: what is unloaded to make room is closed before what needs the room is opened.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-loader")
         self._serving: dict[str, Staged] = {}
         self._files: dict[str, ModelFile] = {}
         self._staged: set[Staged] = set()
+        self._left: set[Staged] = set()
+        self._evicted: dict[str, ModelMetadata] = {}
+        self._reloads: dict[str, asyncio.Future[Runnable]] = {}
+        self._load_s: dict[str, float] = {}
+        self._uses = 0
+        self.memory_bytes = 0
+        """What all open models are taken to need."""
 
     @property
     def name(self) -> str:
         """See `Backend`."""
         return self._name
 
+    @property
+    def left_running(self) -> int:
+        """Models that were let go but still run something after `drain_s`: those that hang, above all."""
+        return len(self._left)
+
     async def stage(self, file: ModelFile) -> Staged:
         """`file`, open and warm beside what serves; nothing is served from it yet.
 
-        Raises `MissingExtra` for an engine that is not installed, `InvalidRelease` if the file is not the one meant,
-        and `EngineFault` if the engine cannot run it. Ends in `activate` or `discard`.
+        Raises what `hedgerow.loading.open_model` does, and `ModelNotReady` if there is no room for it. Ends in
+        `activate` or `discard`.
         """
-        future = asyncio.get_running_loop().run_in_executor(self._loader, self._open, file)
+        future, memory_bytes = self._open(file)
         try:
-            session, metadata = await asyncio.shield(future)
+            model = await asyncio.shield(future)
         except asyncio.CancelledError:
-            future.add_done_callback(_close_abandoned)
+            future.add_done_callback(partial(self._close_abandoned, memory_bytes))
             raise
-        staged = Staged(file, session, metadata, self)
+        staged = Staged(file, model, self, memory_bytes)
         self._staged.add(staged)
         return staged
 
     async def activate(self, staged: Staged) -> None:
-        """Answer from `staged` from now on; returns when the one before has answered its last request and is closed."""
+        """Answer from `staged` from now on, also those who wait for the one before.
+
+        Returns when that one has answered what it runs and is closed, or after `drain_s`.
+        """
         self._staged.discard(staged)
-        old = self._serving.get(staged.file.model)
-        self._serving[staged.file.model] = staged
-        self._files[staged.file.model] = staged.file
+        model = staged.file.model
+        old = self._serving.get(model)
+        self._serve(staged)
         if old is not None and old is not staged:
-            old.retire()
-            await old.closed.wait()
+            staged.batcher.adopt(old.batcher.hand_over())
+            await self._drain([old])
 
     async def discard(self, staged: Staged) -> None:
         """Let go of `staged`, which was not activated."""
         self._staged.discard(staged)
-        staged.retire()
-        await staged.closed.wait()
+        await self._drain([staged])
 
     async def load_file(self, file: ModelFile) -> None:
         """`stage` and `activate`."""
@@ -197,49 +184,66 @@ class ModelHost:
     async def unload(self, model: str) -> None:
         """See `ModelControl`."""
         staged = self._serving.pop(model, None)
-        if staged is None:
+        if staged is None and self._evicted.pop(model, None) is None:
             raise ModelNotFound(f"there is no model {model!r} here to unload")
-        staged.retire()
-        await staged.closed.wait()
+        if staged is not None:
+            await self._drain([staged])
 
     def serving(self, model: str) -> Staged | None:
         """What answers for `model` now."""
         return self._serving.get(model)
 
-    def close_session(self, session: engines.Session, closed: asyncio.Event) -> None:
-        """Free `session` off the event loop, and set `closed` when that is done."""
+    def counts(self, model: str) -> BatchCounts | None:
+        """What was run of the version that serves `model` now; None if none does."""
+        staged = self._serving.get(model)
+        return None if staged is None else staged.batcher.counts
+
+    def let_go(self, staged: Staged, model: Runnable) -> None:
+        """Free the `model` of `staged`, which runs nothing any more, off the event loop."""
+        self.memory_bytes -= staged.memory_bytes
+
+        def closed(_: object) -> None:
+            self._left.discard(staged)
+            staged.closed.set()
+
         try:
-            future = asyncio.get_running_loop().run_in_executor(self._loader, session.close)
+            future = asyncio.get_running_loop().run_in_executor(self._loader, model.close)
         except RuntimeError:  # it was still in use when the host was closed, and the loader is gone
-            session.close()
-            closed.set()
+            model.close()
+            closed(None)
             return
-        future.add_done_callback(lambda _: closed.set())
+        future.add_done_callback(closed)
 
     async def models(self) -> Sequence[ModelState]:
         """See `Backend`."""
         return tuple(
-            ModelState(
-                model, file.version, ready=model in self._serving, reason="" if model in self._serving else "unloaded"
-            )
+            ModelState(model, file.version, ready=self._ready(model), reason=self.snapshot(model).reason)
             for model, file in self._files.items()
         )
 
     async def ready(self, model: str, version: str = "") -> bool:
-        """See `Backend`."""
-        staged = self._serving.get(model)
-        return staged is not None and version in {"", staged.file.version}
+        """See `Backend`. A model that was unloaded to make room for another one is: it comes back when it is asked."""
+        return self._ready(model) and version in {"", self._files[model].version}
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
         """See `Backend`. `properties` say the file's `sha256`, its `engine` and, where known, `precision` and `labels`.
 
         The labels are joined by commas.
         """
-        return self._find(model, version).metadata
+        staged = self._serving.get(model)
+        metadata = self._evicted.get(model) if staged is None else staged.metadata
+        if metadata is None or version not in {"", *metadata.versions}:
+            raise self._missing(model, version)
+        return metadata
 
     async def infer(self, request: InferRequest, deadline: Deadline) -> InferResponse:
         """See `Backend`."""
-        return await self._find(request.model, request.version).infer(request, deadline)
+        staged = self._serving.get(request.model)
+        if staged is None or request.version not in {"", staged.file.version}:
+            staged = await self._reloaded(request, deadline)
+        self._uses += 1
+        staged.used = self._uses
+        return await staged.batcher.infer(request, deadline)
 
     async def stream(self, request: InferRequest, deadline: Deadline) -> AsyncIterator[InferResponse]:
         """See `Backend`: models in files give one answer a request."""
@@ -249,12 +253,15 @@ class ModelHost:
         """See `Backend`."""
         staged = self._serving.get(model)
         if staged is None:
+            if model in self._evicted:
+                return Snapshot(healthy=True, reason="unloaded to make room until it is asked")
             return Snapshot(healthy=False, reason="unloaded" if model in self._files else "no such model")
         return Snapshot(
-            healthy=True,
+            healthy=not staged.batcher.stuck,
             inflight=staged.users,
-            latency_p50_s=staged.latency.quantile(0.5),
-            latency_p95_s=staged.latency.quantile(0.95),
+            latency_p50_s=staged.batcher.latency.quantile(0.5),
+            latency_p95_s=staged.batcher.latency.quantile(0.95),
+            reason="it hangs" if staged.batcher.stuck else "",
         )
 
     async def close(self) -> None:
@@ -262,6 +269,36 @@ class ModelHost:
         leaving = [*self._serving.values(), *self._staged]
         self._serving.clear()
         self._staged.clear()
+        self._evicted.clear()
+        await self._drain(leaving)
+        for staged in leaving:
+            staged.batcher.refuse_waiting("no more requests are taken here: it is closing")
+        self._loader.shutdown(wait=False)
+
+    def _ready(self, model: str) -> bool:
+        staged = self._serving.get(model)
+        return model in self._evicted if staged is None else not staged.batcher.stuck
+
+    def _missing(self, model: str, version: str) -> ModelNotFound | ModelNotReady:
+        """Why `model` in `version` cannot be asked."""
+        if model in self._serving or model in self._evicted:
+            serving = self._files[model].version
+            return ModelNotFound(f"there is no version {version!r} of {model} here; {serving} is serving")
+        if model in self._files:
+            return ModelNotReady(f"model {model} is not loaded")
+        wanted = f"version {version!r} of {model!r}" if version else f"model {model!r}"
+        return ModelNotFound(f"there is no {wanted} here")
+
+    def _serve(self, staged: Staged) -> None:
+        model = staged.file.model
+        self._serving[model] = staged
+        self._files[model] = staged.file
+        self._evicted.pop(model, None)
+        self._uses += 1
+        staged.used = self._uses
+
+    async def _drain(self, leaving: Sequence[Staged]) -> None:
+        """Retire them, and wait until they are closed, at most `drain_s`."""
         for staged in leaving:
             staged.retire()
         try:
@@ -269,80 +306,94 @@ class ModelHost:
                 for staged in leaving:
                     await staged.closed.wait()
         except TimeoutError:
-            log.warning("%s: requests were still running after %s s", self._name, self.settings.drain_s)
-        self.workers.close()
-        self._loader.shutdown(wait=False)
+            left = {staged for staged in leaving if not staged.closed.is_set()}
+            self._left |= left
+            names = ", ".join(sorted(f"{staged.file.model} {staged.file.version}" for staged in left))
+            log.warning(
+                "%s: %s still running after %g s and left to end by itself", self._name, names, self.settings.drain_s
+            )
 
-    def _find(self, model: str, version: str) -> Staged:
-        staged = self._serving.get(model)
-        if staged is not None:
-            if version in {"", staged.file.version}:
-                return staged
-            raise ModelNotFound(f"there is no version {version!r} of {model} here; {staged.file.version} is serving")
-        if model in self._files:
-            raise ModelNotReady(f"model {model} is not loaded")
-        wanted = f"version {version!r} of {model!r}" if version else f"model {model!r}"
-        raise ModelNotFound(f"there is no {wanted} here")
-
-    def _open(self, file: ModelFile) -> tuple[engines.Session, ModelMetadata]:
-        """On the loader's thread: open, check and warm `file`."""
-        engine = engines.load(file.engine)
-        if comma := next((label for label in file.labels if "," in label), ""):
-            raise InvalidRelease(f"the label {comma!r} of {file.model} has a comma in it, which separates labels")
-        digest = _sha256(file)
-        if file.sha256 and file.sha256 != digest:
-            raise InvalidRelease(f"{file.path.name} has sha256 {digest[:12]}…, not {file.sha256[:12]}…")
-        streams = self.settings.workers
-        threads = self.settings.engine_threads or max(1, (os.cpu_count() or 1) // streams)
-        session = engine.open_model(file.path, streams=streams, threads=threads)
-        try:
-            _warm(session)
-        except HedgerowError:
-            session.close()
-            raise
-        properties = {"sha256": digest, "engine": file.engine}
-        if file.precision:
-            properties["precision"] = file.precision
-        if file.labels:
-            properties["labels"] = ",".join(file.labels)
-        metadata = ModelMetadata(
-            file.model, (file.version,), engine.PLATFORM, session.inputs, session.outputs, properties
+    def _open(self, file: ModelFile) -> tuple["asyncio.Future[Runnable]", int]:
+        """`file` being opened on the loader's thread, and the memory that was set aside for it."""
+        settings = self.settings.batch_settings(file.model)
+        threads = self.settings.engine_threads or max(1, (os.cpu_count() or 1) // settings.instances)
+        memory_bytes = int(MEMORY_FACTOR * file_bytes(file))
+        self._make_room(file, memory_bytes)
+        started = time.monotonic()
+        future = asyncio.get_running_loop().run_in_executor(
+            self._loader,
+            partial(open_model, file, streams=settings.instances, threads=threads, batches=settings.max_batch_size > 1),
         )
-        return session, metadata
+        self.memory_bytes += memory_bytes
 
+        def opened(done: "asyncio.Future[Runnable]") -> None:
+            self._load_s[file.model] = time.monotonic() - started
+            if done.cancelled() or done.exception() is not None:
+                self.memory_bytes -= memory_bytes
 
-def _warm(session: engines.Session) -> None:
-    """Run once on zeros, so that the first request does not pay for what engines put off until then."""
-    try:
-        session.run({spec.name: _zeros(spec) for spec in session.inputs}, [spec.name for spec in session.outputs])
-    except EngineFault:
-        if not any(-1 in spec.shape[1:] for spec in session.inputs):
-            raise
-        # Sizes other than the batch's were guessed, and the model may rightly refuse the guess.
-        log.info("warming up with 1 for the sizes that the model leaves open did not work; it starts cold")
+        future.add_done_callback(opened)
+        return future, memory_bytes
 
+    def _make_room(self, file: ModelFile, memory_bytes: int) -> None:
+        """Unload what was used longest ago until `file` fits, or raise `ModelNotReady`."""
+        budget_bytes = self.settings.memory_budget_bytes
+        while budget_bytes and self.memory_bytes + memory_bytes > budget_bytes:
+            idle = [
+                staged
+                for staged in self._serving.values()
+                if not staged.users and not staged.file.pinned and staged.file.model != file.model
+            ]
+            if not idle or memory_bytes > budget_bytes:
+                raise ModelNotReady(
+                    f"there is no room for {file.model}: it needs about {memory_bytes} bytes, and"
+                    f" {self.memory_bytes} of {budget_bytes} are taken by models in use",
+                    retry_after_s=ROOM_RETRY_S,
+                )
+            oldest = min(idle, key=lambda staged: staged.used)
+            log.info("%s: unloading %s to make room for %s", self._name, oldest.file.model, file.model)
+            del self._serving[oldest.file.model]
+            self._evicted[oldest.file.model] = oldest.metadata
+            oldest.retire()
 
-def _zeros(spec: TensorSpec) -> NDArray[Any]:
-    shape = tuple(1 if size < 0 else size for size in spec.shape)
-    return (
-        np.full(shape, b"", dtype=object) if spec.datatype == "BYTES" else np.zeros(shape, numpy_dtype(spec.datatype))
-    )
+    async def _reloaded(self, request: InferRequest, deadline: Deadline) -> Staged:
+        """The model that `request` asks for, loaded again if it was unloaded to make room; once for all who ask.
 
+        The loading goes on if those who ask leave, or they might never wait long enough.
+        """
+        model = request.model
+        metadata = self._evicted.get(model)
+        if metadata is None or request.version not in {"", *metadata.versions}:
+            raise self._missing(model, request.version)
+        loading = self._reloads.get(model)
+        if loading is None:
+            file = self._files[model]
+            loading, memory_bytes = self._open(file)
+            self._reloads[model] = loading
+            loading.add_done_callback(partial(self._came_back, file, memory_bytes))
+        too_late = ModelNotReady(f"model {model} is being loaded again", retry_after_s=ROOM_RETRY_S)
+        if deadline.remaining < self._load_s.get(model, 0.0):
+            raise too_late
+        try:
+            async with asyncio.timeout(None if math.isinf(deadline.at) else deadline.remaining):
+                await asyncio.shield(loading)
+        except TimeoutError:
+            raise too_late from None
+        staged = self._serving.get(model)
+        if staged is None or request.version not in {"", staged.file.version}:
+            raise self._missing(model, request.version)
+        return staged
 
-def _finite(array: NDArray[Any], datatype: str) -> bool:
-    if datatype == "BF16":
-        return bool(((array & BFLOAT16_EXPONENT) != BFLOAT16_EXPONENT).all())
-    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+    def _came_back(self, file: ModelFile, memory_bytes: int, loading: "asyncio.Future[Runnable]") -> None:
+        del self._reloads[file.model]
+        if loading.cancelled() or loading.exception() is not None:
+            return
+        staged = Staged(file, loading.result(), self, memory_bytes)
+        if file.model in self._evicted:
+            self._serve(staged)
+        else:  # it was unloaded or replaced meanwhile
+            staged.retire()
 
-
-def _sha256(file: ModelFile) -> str:
-    try:
-        with file.path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise InvalidRelease(f"{file.path.name} cannot be read: {error.strerror}") from error
-
-
-def _close_abandoned(future: "asyncio.Future[tuple[engines.Session, ModelMetadata]]") -> None:
-    if not future.cancelled() and future.exception() is None:
-        future.result()[0].close()
+    def _close_abandoned(self, memory_bytes: int, opening: "asyncio.Future[Runnable]") -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            opening.result().close()
+            self.memory_bytes -= memory_bytes
