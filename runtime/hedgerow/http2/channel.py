@@ -78,10 +78,12 @@ class Channel:
 
     async def ready(self) -> None:
         """Wait until it stands; raises `ConnectionError` if it cannot be had."""
-        while not self.standing:
-            if self._closed:
-                raise ConnectionError(GIVEN_UP)
+        if self._closed:
+            raise ConnectionError(GIVEN_UP)
+        if not self.standing:
             await asyncio.shield(self._connect())
+            if not self.standing:  # it came and went
+                raise ConnectionError(CANNOT_CONNECT)
 
     async def unary(self, path: str, request: bytes, timeout_s: float, metadata: Metadata = ()) -> bytes:
         """The answer to one call; cancelling it cancels the work at the other end."""
