@@ -4,7 +4,9 @@ Whatever implements `Connection` raises the errors of `hedgerow.rpc.received`, w
 """
 
 import asyncio
+import ssl
 from collections.abc import AsyncGenerator
+from functools import cache
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias, TypeVar
 
@@ -13,13 +15,12 @@ from google.protobuf.message import DecodeError, Message
 
 from hedgerow import rpc
 from hedgerow.errors import ConfigError, EngineFault, HedgerowError, Unavailable
+from hedgerow.http2.channel import CANNOT_CONNECT, GIVEN_UP, Channel
 from hedgerow.proto import oip_pb2
 
 SERVICE: Final = oip_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 ADDRESSES = ("ipv4:", "ipv6:", "unix:", "DNS")
 """What marks the channel's own words, which name addresses, from the server's."""
-CANNOT_CONNECT = "cannot connect"
-GIVEN_UP = "the connection was given up"
 
 Metadata = tuple[tuple[str, str], ...]
 """What goes with a call beside its message."""
@@ -59,16 +60,22 @@ class Connection(Protocol):
 class Connector:
     """Makes connections that differ in nothing but where they lead. Raises `ConfigError` for a `ca_file` it can't read.
 
-    `ca_file` is the PEM file of the authority to trust; empty: in the clear.
+    `ca_file` is the PEM file of the authority to trust; empty: in the clear. Not `native`, it is by grpc.aio.
     """
 
-    def __init__(self, *, ca_file: str, connect_timeout_s: float, max_message_bytes: int) -> None:
+    def __init__(self, *, ca_file: str, connect_timeout_s: float, max_message_bytes: int, native: bool = True) -> None:
         self._credentials: grpc.ChannelCredentials | None = None
+        self._tls: ssl.SSLContext | None = None
         if ca_file:
             try:
                 self._credentials = grpc.ssl_channel_credentials(Path(ca_file).read_bytes())
-            except OSError as error:
+                self._tls = ssl.create_default_context(cafile=ca_file)
+            except OSError as error:  # of SSL too
                 raise ConfigError(f"ca_file: cannot read {ca_file}: {error.strerror}") from error
+            self._tls.set_alpn_protocols(["h2"])
+        self._native = native
+        self._connect_timeout_s = connect_timeout_s
+        self._max_message_bytes = max_message_bytes
         self._options: list[tuple[str, str | int]] = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
@@ -82,6 +89,17 @@ class Connector:
 
         `authority` is the name that the endpoint's certificate and virtual host have, where `address` is a number.
         """
+        if self._native:
+            host, _, port = address.rpartition(":")
+            channel = Channel(
+                host.strip("[]"),
+                int(port),
+                authority=authority,
+                tls=self._tls,
+                connect_timeout_s=self._connect_timeout_s,
+                max_message_bytes=self._max_message_bytes,
+            )
+            return _NativeConnection(channel)
         options = list(self._options)
         if authority and self._credentials is not None:
             options.append(("grpc.ssl_target_name_override", authority))
@@ -98,6 +116,31 @@ def parsed(kind: type[M], raw: bytes, server: str) -> M:
         return kind.FromString(raw)
     except DecodeError:
         raise EngineFault(f"{server} answered with bytes that are no message of the protocol") from None
+
+
+class _NativeConnection:
+    """A channel of our own as a `Connection`."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self.ready, self.close = channel.ready, channel.close
+
+    @property
+    def standing(self) -> bool:
+        return self._channel.standing
+
+    async def unary(self, method: str, request: bytes, timeout_s: float, metadata: Metadata = ()) -> bytes:
+        return await self._channel.unary(_path(method), request, timeout_s, metadata)
+
+    def stream(
+        self, method: str, request: bytes, timeout_s: float, metadata: Metadata = ()
+    ) -> AsyncGenerator[bytes, None]:
+        return self._channel.stream(_path(method), request, timeout_s, metadata)
+
+
+@cache
+def _path(method: str) -> str:
+    return f"/{SERVICE}/{method}"
 
 
 class _GrpcConnection:
@@ -123,7 +166,7 @@ class _GrpcConnection:
     async def unary(self, method: str, request: bytes, timeout_s: float, metadata: Metadata = ()) -> bytes:
         call = self._calls.get(method)
         if call is None:
-            call = self._calls[method] = self._channel.unary_unary(f"/{SERVICE}/{method}")
+            call = self._calls[method] = self._channel.unary_unary(_path(method))
         try:
             return await call(request, timeout=timeout_s, metadata=metadata)
         except grpc.aio.AioRpcError as error:
@@ -137,7 +180,7 @@ class _GrpcConnection:
     async def stream(
         self, method: str, request: bytes, timeout_s: float, metadata: Metadata = ()
     ) -> AsyncGenerator[bytes, None]:
-        start: _Stream = self._channel.stream_stream(f"/{SERVICE}/{method}")
+        start: _Stream = self._channel.stream_stream(_path(method))
         call = start(iter([request]), timeout=timeout_s, metadata=metadata)
         try:
             async for answer in call:

@@ -23,6 +23,7 @@ from hedgerow.batch import Runnable
 from hedgerow.batching import BatchCounts, Batcher
 from hedgerow.config import Count, Seconds, Settings
 from hedgerow.errors import ModelNotFound, ModelNotReady
+from hedgerow.isolation import IsolationSettings
 from hedgerow.loading import ModelFile, file_bytes, open_model
 from hedgerow.scheduling import BatchSettings
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata
@@ -50,6 +51,8 @@ class HostSettings(Settings, frozen=True, kw_only=True):
     batching: BatchSettings = BatchSettings()
     models: dict[str, BatchSettings] = msgspec.field(default_factory=dict)
     """By model, in place of `batching`."""
+    isolation: dict[str, IsolationSettings] = msgspec.field(default_factory=dict)
+    """Models that run in a process of their own, by name."""
     drain_s: Seconds = 10.0
     """How long requests in flight may take when their model is replaced or unloaded or the host closed. What takes
     longer is left to end by itself."""
@@ -60,6 +63,8 @@ class HostSettings(Settings, frozen=True, kw_only=True):
     def batch_settings(self, model: str) -> BatchSettings:
         """Those of `model`, with real `instances` and `queue_size`."""
         settings = self.models.get(model, self.batching)
+        if model in self.isolation:  # the event loop must not wait for a process that may hang
+            settings = msgspec.structs.replace(settings, inline_below_s=0.0)
         return msgspec.structs.replace(
             settings, instances=settings.instances or self.workers, queue_size=settings.queue_size or self.queue_size
         )
@@ -322,7 +327,14 @@ class ModelHost:
         started = time.monotonic()
         future = asyncio.get_running_loop().run_in_executor(
             self._loader,
-            partial(open_model, file, streams=settings.instances, threads=threads, batches=settings.max_batch_size > 1),
+            partial(
+                open_model,
+                file,
+                streams=settings.instances,
+                threads=threads,
+                batches=settings.max_batch_size > 1,
+                isolation=self.settings.isolation.get(file.model),
+            ),
         )
         self.memory_bytes += memory_bytes
 

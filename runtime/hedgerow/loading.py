@@ -8,6 +8,7 @@ from pathlib import Path
 from hedgerow import engines
 from hedgerow.batch import Runnable, takes_batches, zeros
 from hedgerow.errors import EngineFault, HedgerowError, InvalidRelease
+from hedgerow.isolation import IsolationSettings, open_isolated
 from hedgerow.tensors import ModelMetadata
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,10 @@ class ModelFile:
     """Never unloaded to make room for another model."""
 
 
-def open_model(file: ModelFile, *, streams: int, threads: int, batches: bool) -> Runnable:
-    """`file`, ready to answer, for `streams` runs at once with `threads` threads each.
+def open_model(
+    file: ModelFile, *, streams: int, threads: int, batches: bool, isolation: IsolationSettings | None = None
+) -> Runnable:
+    """`file`, ready to answer, for `streams` runs at once with `threads` threads each; isolated in a process or here.
 
     Raises `MissingExtra` for an engine that is not installed, `InvalidRelease` if the file is not the one meant, and
     `EngineFault` if the engine cannot run it. Whether it takes batches is tried only if `batches` are wanted.
@@ -41,7 +44,12 @@ def open_model(file: ModelFile, *, streams: int, threads: int, batches: bool) ->
     digest = _sha256(file)
     if file.sha256 and file.sha256 != digest:
         raise InvalidRelease(f"{file.path.name} has sha256 {digest[:12]}…, not {file.sha256[:12]}…")
-    session = engine.open_model(file.path, streams=streams, threads=threads)
+    session: engines.Session
+    if isolation is None:
+        session = engine.open_model(file.path, streams=streams, threads=threads)
+    else:
+        name = f"{file.model} {file.version}"
+        session = open_isolated(file.engine, file.path, streams=streams, threads=threads, name=name, settings=isolation)
     try:
         _warm(session)
         batches = batches and takes_batches(session)

@@ -61,6 +61,7 @@ class Pool:
             ca_file=settings.ca_file,
             connect_timeout_s=settings.connect_timeout_s,
             max_message_bytes=settings.max_message_bytes,
+            native=settings.transport == "native",
         )
         self._draw = random.Random()  # noqa: S311 (no secret)
         self._targets: tuple[Target, ...] = ()

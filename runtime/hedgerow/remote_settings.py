@@ -1,6 +1,6 @@
 """How a remote is reached, how much it may cost, and when it is given up."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -59,4 +59,6 @@ class RemoteSettings(Settings, frozen=True, kw_only=True):
     """Routers that a request may pass; one that has passed as many is not sent on, so that routers cannot loop."""
     forward_tenant: bool = False
     """Whether the endpoints are told who asks (`Origin.tenant`)."""
+    transport: Literal["native", "grpcio"] = "native"
+    """What speaks gRPC to the endpoints: our own client, or grpc.aio."""
     max_message_bytes: Count = 2**31 - 1
