@@ -22,6 +22,7 @@ from hedgerow.tensors import (
     InferRequest,
     InferResponse,
     ModelMetadata,
+    Run,
     Tensor,
     TensorSpec,
     check_request,
@@ -109,7 +110,11 @@ class Runnable:
         ended = time.perf_counter_ns()
         parts = [arrays] if whole else self._split(arrays, rows, size)
         broken = {name for name in names if not finite(arrays[name], self._datatypes[name])}
-        answers = [self._answer(request, part, broken) for request, part in zip(requests, parts, strict=True)]
+        run, first = None if whole else Run(arrays), 0
+        answers = []
+        for request, part, count in zip(requests, parts, rows, strict=True):
+            answers.append(self._answer(request, part, broken, run, first))
+            first += count
         return Outcome(answers, ready - started, ended - ready, time.perf_counter_ns() - ended)
 
     def _split(self, arrays: Arrays, rows: Sequence[int], size: int) -> list[Arrays]:
@@ -120,8 +125,13 @@ class Runnable:
             self._known.clear()
             raise
 
-    def _answer(self, request: InferRequest, arrays: Arrays, suspects: set[str]) -> InferResponse | HedgerowError:
-        """The answer in `arrays`, of which the `suspects` are not finite in some request's rows."""
+    def _answer(
+        self, request: InferRequest, arrays: Arrays, suspects: set[str], run: Run | None, first: int
+    ) -> InferResponse | HedgerowError:
+        """The answer in `arrays`, which are the rows from `first` on of a `run`.
+
+        The `suspects` are the outputs that are not finite in some request's rows.
+        """
         for name in suspects:
             # What came in as NaN may go out as NaN: that is the model's answer, not its fault.
             if not finite(arrays[name], self._datatypes[name]) and all(
@@ -133,6 +143,8 @@ class Runnable:
             version=self.version,
             id=request.id,
             outputs=tuple([Tensor(name, self._datatypes[name], array) for name, array in arrays.items()]),
+            run=run,
+            first=first,
         )
 
 

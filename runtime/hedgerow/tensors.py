@@ -12,7 +12,7 @@ here and nowhere else. Rules of the conversions:
 
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -128,6 +128,23 @@ class InferRequest:
         return _named(self.inputs, name)
 
 
+class Run:
+    """What answers have in common that came out of one run of a model: all of its outputs, and notes on them.
+
+    Whoever works something out for a whole run at once (`hedgerow.gate` does) leaves it in `notes`, under a key of its
+    own, for the answers beside. It does not leave the process.
+    """
+
+    __slots__ = ("notes", "outputs")
+
+    def __init__(self, outputs: Mapping[str, NDArray[Any]]) -> None:
+        self.outputs = outputs
+        self.notes: dict[Hashable, Any] = {}
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferResponse:
     """One answer, of the version that gave it. `parameters` explain it: see `hedgerow.router`."""
@@ -137,6 +154,9 @@ class InferResponse:
     outputs: tuple[Tensor, ...]
     id: str = ""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    run: Run | None = field(default=None, compare=False, repr=False)
+    """Where it came out together with others; its own rows are those from `first` on."""
+    first: int = field(default=0, compare=False, repr=False)
 
     def output(self, name: str) -> NDArray[Any]:
         """The array of the output called `name`; KeyError if there is none."""

@@ -1,6 +1,8 @@
 """What the gate lets through: scores, thresholds, batches, and what a guarantee binds."""
 
 import math
+import pickle
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from hedgerow.gate import SCORES, Gate, Guarantee, confidence, covers, mismatch
-from hedgerow.tensors import InferResponse, tensor
+from hedgerow.tensors import InferResponse, Run, tensor
 
 LOGITS = arrays.arrays(
     np.float32,
@@ -150,3 +152,17 @@ def test_a_guarantee_binds_what_it_was_measured_on_and_nothing_else(
     problem = mismatch(guarantee(), own | student, teacher)
     assert word in problem
     assert bool(problem) is bool(word)
+
+
+@given(LOGITS, st.data())
+def test_an_answer_scores_the_same_alone_and_among_those_of_its_run(
+    logits: NDArray[np.float32], data: st.DataObject
+) -> None:
+    first = data.draw(st.integers(0, len(logits)))
+    last = data.draw(st.integers(first, len(logits)))
+    alone, run = answer(logits[first:last]), Run({"logits": logits})
+    beside = replace(alone, run=run, first=first)
+    for _ in range(2):
+        assert confidence(GATE, beside) == confidence(GATE, alone)
+    assert list(run.notes) == [GATE]
+    assert pickle.loads(pickle.dumps(beside)).run is None
