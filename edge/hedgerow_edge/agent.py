@@ -7,6 +7,7 @@
     Link ─┬─ Exchange ─┬─ Trust, Transfer ── Updates ── Installer   brings releases to the host
           │            └─ Uploader ── Collector                     brings samples to the fleet
           └─ Presence                                               says how the device fares
+    Diagnostics ── Metrics                                          says so to whoever watches on the spot
 
 Serving depends on nothing else: it starts before the link is tried and ends after what was in flight. Whatever happens
 to the link, the disk or the clock is said once and leaves it alone.
@@ -19,11 +20,14 @@ import secrets
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hedgerow import __version__, lifecycle, policies, profiles
+from hedgerow import __version__, lifecycle, metrics, policies, profiles
 from hedgerow.backend import Backend
 from hedgerow.config import load
+from hedgerow.diagnostics import Diagnostics, Page, Pages, health
 from hedgerow.durable import write_durably
 from hedgerow.errors import ConfigError, HedgerowError
 from hedgerow.host import ModelFile, ModelHost
@@ -31,8 +35,10 @@ from hedgerow.link import Link, Topics, checked_id
 from hedgerow.remote import RemoteBackend
 from hedgerow.router import Route, Router, RouteSettings
 from hedgerow.service import Server
+from hedgerow.telemetry import configure_logging
 from hedgerow_edge.exchange import Exchange
 from hedgerow_edge.installer import Installer
+from hedgerow_edge.metrics import DeviceMetrics
 from hedgerow_edge.pointers import follow
 from hedgerow_edge.presence import Presence
 from hedgerow_edge.samples import Collector, Uploader
@@ -42,8 +48,13 @@ from hedgerow_edge.transfer import Transfer
 from hedgerow_edge.trust import Trust
 from hedgerow_edge.updates import Updates
 
+if TYPE_CHECKING:
+    from hedgerow.tracing import Tracing
+
 ADDRESS_FILE = "address"
 """In the state folder: where the agent serves, host:port, for whoever let it choose a port."""
+METRICS_FILE = "metrics-address"
+"""The same of its metrics; empty while there are none."""
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> None:
     """Be the device that `settings` describe until `stop` is set. Relative paths begin at `base`."""
+    configure_logging(settings.log.level, form=settings.log.format)
     async with AsyncExitStack() as stack:
         roots = settings.roots(base) if settings.linked else None
         store = Store(settings.state(base))
@@ -77,11 +89,17 @@ async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> Non
         if settings.cloud.target:
             cloud = await stack.enter_async_context(RemoteBackend("cloud", settings.cloud.target, settings.cloud))
 
+        tracing = None
+        if settings.tracing.endpoint:
+            from hedgerow.tracing import Tracing
+
+            tracing = Tracing(settings.tracing, instance=device)
+            stack.push_async_callback(tracing.close)
         router = Router({}, name="hedgerow-edge")
         presence = Presence(store, Topics(settings.device.fleet), device, profile.name)
 
         def admit(model: str) -> None:
-            router.add_route(_route(model, settings.routes.get(model), host, cloud))
+            router.add_route(_route(model, settings.routes.get(model), host, cloud, tracing))
 
         installer = Installer(
             store,
@@ -99,7 +117,27 @@ async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> Non
             await _load(model, static, base, host, router)
         await installer.recover(settings.models)
 
-        server = Server(router, settings.server, name="hedgerow-edge")
+        server = Server(
+            router if tracing is None else tracing.around(router, "route"),
+            settings.server,
+            name="hedgerow-edge",
+            around=None if tracing is None else tracing.methods,
+        )
+        device_metrics = DeviceMetrics(installer, store)
+        runtime_metrics = metrics.Metrics(
+            partial(metrics.of_server, server),
+            partial(metrics.of_router, router),
+            lambda: metrics.of_host(host, router.routes),
+            partial(metrics.of_remotes, () if cloud is None else (cloud,)),
+            device_metrics,
+        )
+
+        async def page(accept: str) -> Page:
+            await device_metrics.look()
+            return Page(*runtime_metrics.page(accept))
+
+        pages = {"/metrics": page, **health(server.service.ready)}
+        _note(store.folder / METRICS_FILE, await _watched(stack, settings.metrics.listen, pages))
         await stack.enter_async_context(server)
         _say_address(store.folder, server.address)
         if roots is None:
@@ -135,12 +173,17 @@ async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> Non
                 connection.cancel()
 
 
-def _route(model: str, settings: RouteSettings | None, host: Backend, cloud: Backend | None) -> Route:
+def _route(
+    model: str, settings: RouteSettings | None, host: Backend, cloud: Backend | None, tracing: "Tracing | None"
+) -> Route:
     settings = settings or RouteSettings()
     try:
         policy = policies.load(settings.policy)
     except ConfigError as error:
         raise ConfigError(f"routes.{model}.policy: {error}") from error
+    if tracing is not None:
+        host = tracing.around(host, "edge")
+        cloud = cloud and tracing.around(cloud, "cloud", remote=True)
     return Route(
         model=model,
         edge=host,
@@ -166,10 +209,27 @@ async def _load(model: str, static: StaticModel, base: Path, host: ModelHost, ro
         )
 
 
-def _say_address(folder: Path, address: str) -> None:
+async def _watched(stack: AsyncExitStack, listen: str, pages: Pages) -> str:
+    """Let `pages` be read at `listen`; the address. Serving does not depend on it: what is in the way is said."""
+    if not listen:
+        return ""
     try:
-        write_durably(folder / ADDRESS_FILE, f"{address}\n".encode())
+        diagnostics = await stack.enter_async_context(Diagnostics(listen, pages))
+    except ConfigError as error:
+        _log.warning("there are no metrics to read: %s", error)
+        return ""
+    _log.info("metrics are at http://%s/metrics", diagnostics.address)
+    return diagnostics.address
+
+
+def _note(file: Path, address: str) -> None:
+    try:
+        write_durably(file, f"{address}\n".encode())
     except OSError as error:
         _log.warning("the address cannot be written to the state folder: %s", error.strerror)
+
+
+def _say_address(folder: Path, address: str) -> None:
+    _note(folder / ADDRESS_FILE, address)
     sys.stdout.write(f"serving OIP on {address}\n")
     sys.stdout.flush()

@@ -30,11 +30,13 @@ from typing import Annotated
 import msgspec
 
 from hedgerow.config import BrokerSettings, ServerSettings, Settings, variable
+from hedgerow.diagnostics import MetricsSettings
 from hedgerow.errors import ConfigError
 from hedgerow.gate import Gate
 from hedgerow.host import HostSettings
 from hedgerow.remote import RemoteSettings
 from hedgerow.router import RouteSettings
+from hedgerow.telemetry import LogSettings, TracingSettings
 from hedgerow_edge.installer import UpdateSettings
 from hedgerow_edge.samples import SampleSettings
 
@@ -100,6 +102,9 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
     models: dict[Name, StaticModel] = msgspec.field(default_factory=dict)
     samples: SampleSettings = SampleSettings()
     updates: UpdateSettings = UpdateSettings()
+    log: LogSettings = LogSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    tracing: TracingSettings = TracingSettings()
 
     @property
     def linked(self) -> bool:

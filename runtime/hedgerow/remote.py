@@ -36,6 +36,7 @@ from hedgerow.limits import GradientLimit
 from hedgerow.pool import Pool, Resolve, Targets, addresses
 from hedgerow.proto import oip_pb2
 from hedgerow.remote_settings import RemoteSettings, Target
+from hedgerow.statistics import RemoteCounts
 from hedgerow.tensors import (
     InferRequest,
     InferResponse,
@@ -85,6 +86,7 @@ class RemoteBackend:
         self._retries = RetryBudget(settings.retry_share, settings.retry_burst)
         self._hedges = RetryBudget(settings.hedge_share, HEDGE_BURST)
         self._inflight = InFlight()
+        self.counts = RemoteCounts()
         self._watch: asyncio.TaskGroup | None = None
         self._watcher: asyncio.Task[None] | None = None
 
@@ -92,6 +94,18 @@ class RemoteBackend:
     def name(self) -> str:
         """See `Backend`."""
         return self._name
+
+    @property
+    def limit(self) -> int:
+        """Requests that may be in flight."""
+        return self._limit.limit
+
+    def endpoint_states(self) -> dict[str, int]:
+        """How many endpoints can be asked, are cut off, or are left alone for a while."""
+        now, states = time.monotonic(), {"usable": 0, "open": 0, "ejected": 0}
+        for endpoint in self._pool.endpoints:
+            states["open" if endpoint.open else "ejected" if endpoint.ejected(now) else "usable"] += 1
+        return states
 
     async def __aenter__(self) -> Self:
         self._watch = await asyncio.TaskGroup().__aenter__()
@@ -154,6 +168,7 @@ class RemoteBackend:
                     pause_s = self._pause_s(error, call)
                     if pause_s is None:
                         raise
+                self.counts.retries += 1
                 await asyncio.sleep(pause_s)
             return await self._once(call)
 
@@ -192,6 +207,7 @@ class RemoteBackend:
                 retry_after_s=self._latency.quantile(0.5),
             )
         metadata = self._metadata(request.origin)
+        self.counts.requests += 1
         self._retries.requested()
         self._hedges.requested()
         return _Call(request, request_to_proto(request).SerializeToString(), metadata, deadline)
@@ -281,11 +297,13 @@ class RemoteBackend:
         other = self._pool.choose(call.asked)
         if other is None or other in call.asked or not (self._hedges.spend() and self._retries.spend()):
             return None
+        self.counts.hedges += 1
         call.asked.append(other)
         return other
 
     async def _attempt(self, call: _Call, endpoint: Endpoint) -> InferResponse:
         started = time.monotonic()
+        self.counts.sent_bytes += len(call.raw)
         try:
             raw = await endpoint.unary("ModelInfer", call.raw, call.deadline, call.metadata, timed=True)
         except DeadlineExceeded:
@@ -296,6 +314,7 @@ class RemoteBackend:
                 raise
             raise BackendUnavailable(f"{self._name} unavailable: {call.request.model} is not ready") from None
         took_s = time.monotonic() - started
+        self.counts.received_bytes += len(raw)
         try:
             answer = response_from_proto(parsed(oip_pb2.ModelInferResponse, raw, self._name))
         except EngineFault:

@@ -33,6 +33,7 @@ from hedgerow.judge import NO_RELEASE, Judges, Verdict
 from hedgerow.latency import LatencyWindow
 from hedgerow.lifecycle import InFlight
 from hedgerow.policies import Attempt, Facts, Plan, Policy, Privacy, Tier
+from hedgerow.statistics import RouteCounts
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Parameter
 
 TIER: Final = "hedgerow_tier"
@@ -49,6 +50,21 @@ PRIVACY: Final = "hedgerow_privacy"
 """In a request: a value of `Privacy`."""
 PREFIX: Final = "hedgerow"
 """How our parameters begin, well spelt or not."""
+
+CONFIDENT: Final = "confident"
+"""Outcomes, as they are counted: the edge's answer passed its gate;"""
+UNJUDGED: Final = "unjudged"
+"""the edge's answer needed no gate;"""
+ESCALATED: Final = "escalated"
+"""the cloud's, after one of the edge that was not good enough;"""
+FALLBACK: Final = "fallback"
+"""the cloud's, after the edge had failed;"""
+DIRECT: Final = "direct"
+"""the cloud's, which was asked first;"""
+SECOND_BEST: Final = "degraded"
+"""one that is not good enough, with the reason why there is no better;"""
+FAILED: Final = "failed"
+"""none, with the error's status for a reason."""
 
 RETURN_RESERVE = 0.1
 """The share of the remaining deadline that the cloud is not given while an answer of the edge is in hand: time to
@@ -113,6 +129,9 @@ class _Journey:
     confidence: float | None = None
     why: list[str] = field(default_factory=list)
     errors: list[HedgerowError] = field(default_factory=list)
+    tier: Tier | None = None
+    """Who gave the answer, once there is one."""
+    degraded: bool = False
 
     def reason(self, *, degraded: bool = False) -> str:
         """Why this answer, in words; of a degraded one also what keeps a better one away."""
@@ -132,6 +151,8 @@ class Router:
         """Models whose requests the cloud refused last, which was said."""
         self._inflight: defaultdict[str, InFlight] = defaultdict(InFlight)
         self._latency: defaultdict[str, LatencyWindow] = defaultdict(LatencyWindow)
+        self.counts: defaultdict[str, RouteCounts] = defaultdict(RouteCounts)
+        """By model."""
 
     def add_route(self, route: Route) -> None:
         """Have a route for one more model, or another for one; requests on their way finish on the one they took."""
@@ -141,6 +162,11 @@ class Router:
     def name(self) -> str:
         """See `Backend`."""
         return self._name
+
+    @property
+    def routes(self) -> Mapping[str, Route]:
+        """By model."""
+        return self._routes
 
     def set_gate(self, model: str, version: str, gate: Gate | None, guarantee: Guarantee | None) -> None:
         """Judge the answers of `model` in `version` by `gate`, or without one by the guarantee's.
@@ -195,7 +221,12 @@ class Router:
         started = time.monotonic()
         with self._inflight[request.model]:
             journey = _Journey(route, request, deadline, privacy, await self._verdict(route, "", deadline))
-            response = await self._travel(journey)
+            try:
+                response = await self._travel(journey)
+            except HedgerowError as error:
+                self._count(journey, error)
+                raise
+        self._count(journey)
         self._latency[request.model].add(time.monotonic() - started)
         return response
 
@@ -270,6 +301,7 @@ class Router:
             return False
         journey.confidence = confidence(gate, answer)
         passed = gate.passes(journey.confidence)
+        self.counts[route.model].of(answer.version).judged(journey.confidence, gate.threshold)
         journey.why.append(f"confidence {journey.confidence:.3f} {'≥' if passed else '<'} {gate.threshold:.3f}")
         return passed
 
@@ -277,6 +309,8 @@ class Router:
         route, request = journey.route, journey.request
         assert route.cloud is not None
         there = replace(request, model=route.model_in_cloud, version="")
+        if journey.held is not None:
+            self.counts[route.model].of(journey.held.version).escalations += 1
         answer = await route.cloud.infer(there, Deadline(journey.deadline.at - _reserve_s(journey)))
         self._misfits.discard(route.model)
         second_best = answer.parameters.get(DEGRADED) is True  # says a router there
@@ -299,6 +333,16 @@ class Router:
     async def _verdict(self, route: Route, version: str, deadline: Deadline) -> Verdict:
         return await self._judges.find(route.model, version, route.edge, route.cloud, route.model_in_cloud, deadline)
 
+    def _count(self, journey: _Journey, error: HedgerowError | None = None) -> None:
+        release = "" if journey.held is None else journey.held.version
+        counts = self.counts[journey.route.model].of(release)
+        if error is not None:
+            counts.answered("", FAILED, _status(error))
+        elif journey.degraded:
+            counts.answered(journey.tier or "", SECOND_BEST, _kept_from_cloud(journey))
+        else:
+            counts.answered(journey.tier or "", _outcome(journey), "")
+
     def _say_misfit(self, model: str, text: str) -> None:
         """Once: the cloud refuses what the edge has taken, so every escalation of this model may come to nothing."""
         if model not in self._misfits:
@@ -317,6 +361,33 @@ class Router:
             return self._routes[model]
         except KeyError:
             raise ModelNotFound(f"there is no model {model!r} here") from None
+
+
+def _outcome(journey: _Journey) -> str:
+    """How a good answer came about."""
+    if journey.tier is Tier.EDGE:
+        return UNJUDGED if journey.confidence is None else CONFIDENT
+    if journey.held is not None:
+        return ESCALATED
+    return FALLBACK if journey.errors else DIRECT
+
+
+def _kept_from_cloud(journey: _Journey) -> str:
+    """What kept a better answer away, as one of a few words."""
+    if journey.errors:
+        return _status(journey.errors[-1])
+    if journey.tier is Tier.CLOUD:
+        return "cloud"
+    if journey.privacy is Privacy.EDGE_ONLY:
+        return "privacy"
+    cloud = journey.route.cloud
+    if cloud is None:
+        return "no_cloud"
+    return "policy" if cloud.snapshot(journey.route.model_in_cloud).healthy else _status(Unavailable(""))
+
+
+def _status(error: HedgerowError) -> str:
+    return error.status.name.lower()
 
 
 def _privacy(request: InferRequest) -> Privacy:
@@ -403,4 +474,5 @@ def _explained(journey: _Journey, answer: InferResponse, tier: Tier, *, degraded
         parameters[CONFIDENCE] = journey.confidence
     if journey.held is not None:
         parameters[RELEASE] = f"{journey.route.model}/{journey.held.version}"
+    journey.tier, journey.degraded = tier, degraded
     return replace(answer, parameters=parameters)

@@ -18,6 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 from hedgerow import errors
 from hedgerow.backend import Deadline
 from hedgerow.errors import EngineFault, HedgerowError, InvalidInput
+from hedgerow.telemetry import ERROR_ID
 
 MAX_DETAILS_CHARS = 512
 """Longest error message on the wire: with percent-encoding it must fit into 8 KiB of trailers. The log has it whole."""
@@ -114,7 +115,7 @@ def public(error: Exception, method: str) -> HedgerowError:
     """`error` as callers may see it: unexpected ones become an id that finds them in the log."""
     if not isinstance(error, HedgerowError):
         identity = secrets.token_hex(6)
-        log.error("%s: internal error %s", method, identity, exc_info=error)
+        log.error("%s: internal error %s", method, identity, exc_info=error, extra={ERROR_ID: identity})
         return HedgerowError(f"internal error {identity}")
     if error.status is grpc.StatusCode.INTERNAL:
         log.error("%s: %s", method, error, exc_info=error)

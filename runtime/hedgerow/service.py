@@ -9,7 +9,7 @@ import asyncio
 import hmac
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
 from types import TracebackType
@@ -22,8 +22,9 @@ from hedgerow.errors import DeadlineExceeded, Forbidden, InvalidInput, ModelNotR
 from hedgerow.health import Health, reflection_methods
 from hedgerow.lifecycle import InFlight
 from hedgerow.proto import oip_pb2
-from hedgerow.rpc import Call, Method, address, details, methods, parse, public
-from hedgerow.statistics import Statistics
+from hedgerow.rpc import Call, Method, Methods, address, details, methods, parse, public
+from hedgerow.statistics import Statistics, Stopwatch
+from hedgerow.telemetry import REQUEST
 from hedgerow.tensors import (
     NOWHERE,
     InferRequest,
@@ -69,7 +70,7 @@ class OipService:
         self._settings = settings
         self._control = control
         self._name = name
-        self._statistics = Statistics()
+        self.statistics = Statistics()
         self.inflight = InFlight()
         self.draining = False
 
@@ -127,17 +128,18 @@ class OipService:
 
     async def model_infer(self, message: oip_pb2.ModelInferRequest, call: Call) -> oip_pb2.ModelInferResponse:
         """One answer to one request."""
-        with self._admitted():
+        with self.statistics.request(call.deadline) as watch, self._admitted():
             request = request_from_proto(message, origin(call.metadata))
+            REQUEST.set(request)
             deadline, timeout = self._deadline(request, call)
             async with timeout:
                 metadata = await self._metadata(request)
-                with self._statistics.request(metadata) as watch:
-                    check_request(request, metadata)
-                    started = time.perf_counter_ns()
-                    response = await self._backend.infer(request, deadline)
-                    watch.answered(response.version, time.perf_counter_ns() - started)
-                    return _answer(message, request, response, metadata)
+                watch.asks(metadata)
+                check_request(request, metadata)
+                started = time.perf_counter_ns()
+                response = await self._backend.infer(request, deadline)
+                watch.answered(response.version, time.perf_counter_ns() - started)
+                return _answer(message, request, response, metadata)
 
     async def model_stream_infer(self, raws: AsyncIterator[bytes], call: Call) -> None:
         """The answers of many requests, in the order of the requests; a request that fails says so in its place."""
@@ -172,10 +174,10 @@ class OipService:
             served = {(state.name, state.version) for state in await self._backend.models()}
         wanted = [
             (model, version)
-            for model, version in sorted(served | self._statistics.counted())
+            for model, version in sorted(served | self.statistics.counted())
             if request.name in {"", model} and request.version in {"", version}
         ]
-        return oip_pb2.ModelStatisticsResponse(model_stats=[self._statistics.message(*key) for key in wanted])
+        return oip_pb2.ModelStatisticsResponse(model_stats=[self.statistics.message(*key) for key in wanted])
 
     async def repository_index(
         self, request: oip_pb2.RepositoryIndexRequest, call: Call
@@ -257,11 +259,12 @@ class OipService:
         try:
             message = parse(oip_pb2.ModelInferRequest, raw)
             identity = message.id
-            with self._admitted():
+            with self.statistics.request(call.deadline) as watch, self._admitted():
                 request = request_from_proto(message, origin(call.metadata))
+                REQUEST.set(request)
                 deadline, timeout = self._deadline(request, call)
                 async with timeout:
-                    await self._stream(message, request, deadline, answers)
+                    await self._stream(message, request, deadline, answers, watch)
         except Exception as unknown:  # noqa: BLE001 (one request's fault must not end the stream; `public` logs it)
             await answers.put(
                 oip_pb2.ModelStreamInferResponse(
@@ -272,25 +275,30 @@ class OipService:
         await answers.put(None)
 
     async def _stream(
-        self, message: oip_pb2.ModelInferRequest, request: InferRequest, deadline: Deadline, answers: _Queue
+        self,
+        message: oip_pb2.ModelInferRequest,
+        request: InferRequest,
+        deadline: Deadline,
+        answers: _Queue,
+        watch: Stopwatch,
     ) -> None:
         metadata = await self._metadata(request)
+        watch.asks(metadata)
         # Who asks to be told of the last answer is: by an empty one after those of a model that gives any number.
         tell = request.parameters.get(FINAL_ASKED) is True
         decoupled = metadata.properties.get(DECOUPLED) == "true"
-        with self._statistics.request(metadata) as watch:
-            check_request(request, metadata)
-            async with _closing(self._backend.stream(request, deadline)) as responses:
-                while True:
-                    started = time.perf_counter_ns()
-                    response = await anext(responses, None)
-                    if response is None:
-                        break
-                    watch.answered(response.version, time.perf_counter_ns() - started)
-                    answer = _answer(message, request, response, metadata)
-                    if tell:
-                        answer.parameters[FINAL].bool_param = not decoupled
-                    await answers.put(oip_pb2.ModelStreamInferResponse(infer_response=answer))
+        check_request(request, metadata)
+        async with _closing(self._backend.stream(request, deadline)) as responses:
+            while True:
+                started = time.perf_counter_ns()
+                response = await anext(responses, None)
+                if response is None:
+                    break
+                watch.answered(response.version, time.perf_counter_ns() - started)
+                answer = _answer(message, request, response, metadata)
+                if tell:
+                    answer.parameters[FINAL].bool_param = not decoupled
+                await answers.put(oip_pb2.ModelStreamInferResponse(infer_response=answer))
         if tell and decoupled:
             last = oip_pb2.ModelInferResponse(model_name=request.model, model_version=watch.version, id=request.id)
             last.parameters[FINAL].bool_param = True
@@ -300,15 +308,24 @@ class OipService:
 class Server:
     """A gRPC server of one backend: OIP, health and reflection. An async context manager, or `start` and `stop`.
 
-    The backend stays its owner's to close. With a `control`, callers may load and unload models.
+    The backend stays its owner's to close. With a `control`, callers may load and unload models. `around` may put
+    something around the methods that are served, such as spans (`hedgerow.tracing`).
     """
 
     def __init__(
-        self, backend: Backend, settings: ServerSettings, *, control: ModelControl | None = None, name: str = "hedgerow"
+        self,
+        backend: Backend,
+        settings: ServerSettings,
+        *,
+        control: ModelControl | None = None,
+        name: str = "hedgerow",
+        around: Callable[[Methods], Methods] | None = None,
     ) -> None:
         self._settings = settings
-        self._service = OipService(backend, settings, control, name)
-        self._listener: transports.Listener | None = None
+        self._around = around
+        self.service = OipService(backend, settings, control, name)
+        self.listener: transports.Listener | None = None
+        """The transport, while it listens."""
         self.port = 0
         """The port that is listened on, once started."""
 
@@ -320,24 +337,26 @@ class Server:
     async def start(self) -> int:
         """Listen; the bound port. Raises `ConfigError` if the address cannot be had."""
         names = [SERVICE.full_name]
-        served = (
-            self._service.methods
-            | Health(self._service.ready, names).methods
-            | reflection_methods(names, [oip_pb2.DESCRIPTOR])
-        )
-        self._listener = await transports.listen(served, self._settings)
-        self.port = self._listener.port
+        served: Methods = {
+            **self.service.methods,
+            **Health(self.service.ready, names).methods,
+            **reflection_methods(names, [oip_pb2.DESCRIPTOR]),
+        }
+        if self._around is not None:
+            served = self._around(served)
+        self.listener = await transports.listen(served, self._settings)
+        self.port = self.listener.port
         return self.port
 
     async def stop(self) -> None:
         """Say NOT_SERVING, refuse what is new, finish what is in flight within `drain_s`, then close. Idempotent."""
-        listener, self._listener = self._listener, None
+        listener, self.listener = self.listener, None
         if listener is None:
             return
-        self._service.draining = True
+        self.service.draining = True
         drained = False
         try:
-            drained = await self._service.inflight.idle(self._settings.drain_s)
+            drained = await self.service.inflight.idle(self._settings.drain_s)
         finally:
             await listener.stop(FLUSH_S if drained else 0)
 

@@ -1,11 +1,31 @@
-"""What a service counts of each model and version, in OIP's statistics extension."""
+"""What is counted while requests are answered: plain additions on the way, read by OIP's statistics and by metrics.
 
+Callers and servers behind us cannot make any of it grow without bound: what there are too many of is counted together.
+"""
+
+import asyncio
 import time
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Final, Self
 
+from hedgerow.backend import Deadline
+from hedgerow.errors import DeadlineExceeded, HedgerowError
 from hedgerow.proto import oip_pb2
 from hedgerow.tensors import ModelMetadata
+
+MAX_COUNTED = 256
+"""Models and versions that are counted each for itself. What comes after is counted as `OTHER`."""
+OTHER: Final = ("", "")
+"""Model and version of the requests for models that are not here, or not known when they were refused."""
+MAX_RELEASES = 16
+"""Releases of one model that a router counts for; the oldest is forgotten."""
+DURATION_BOUNDS_NS: Final = tuple(
+    round(1e9 * seconds)
+    for seconds in (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+)
+CONFIDENCE_BOUNDS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.999, 1.0)
 
 
 @dataclass(slots=True)
@@ -21,13 +41,36 @@ class Total:
         self.ns += ns
 
 
+class Histogram:
+    """How many values there were up to each of `bounds`, the last bucket those above all, and their `sum`."""
+
+    __slots__ = ("bounds", "buckets", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.buckets = [0] * (len(bounds) + 1)
+        self.sum: float = 0
+
+    @property
+    def count(self) -> int:
+        """How many values there were."""
+        return sum(self.buckets)
+
+    def add(self, value: float, times: int = 1) -> None:
+        """Count a value."""
+        self.buckets[bisect_left(self.bounds, value)] += times
+        self.sum += times * value
+
+
 @dataclass(slots=True)
 class Counts:
     """The totals of one model in one version. Times are measured where the service stands."""
 
-    success: Total = field(default_factory=Total)
-    """Whole requests, from parsed to answered."""
+    success: Histogram = field(default_factory=lambda: Histogram(DURATION_BOUNDS_NS))
+    """Whole requests, from received to answered, in nanoseconds."""
     fail: Total = field(default_factory=Total)
+    statuses: dict[str, int] = field(default_factory=dict)
+    """The failed ones by the name of their gRPC status."""
     infer: Total = field(default_factory=Total)
     """The backend's part of the successful ones: its queues, its network and its engine together."""
     last_unix_ms: int = 0
@@ -36,14 +79,19 @@ class Counts:
 class Stopwatch:
     """One request being timed, from entering to leaving ``with``."""
 
-    __slots__ = ("_infer_ns", "_model", "_started", "_statistics", "version")
+    __slots__ = ("_deadline", "_infer_ns", "_model", "_started", "_statistics", "version")
 
-    def __init__(self, statistics: "Statistics", metadata: ModelMetadata) -> None:
+    def __init__(self, statistics: "Statistics", deadline: Deadline) -> None:
         self._statistics = statistics
+        self._deadline = deadline
+        self._model, self.version = OTHER
+        """The version that it counts for."""
+        self._infer_ns = 0
+
+    def asks(self, metadata: ModelMetadata) -> None:
+        """It is a request for the model with this `metadata`."""
         self._model = metadata.name
         self.version = metadata.versions[-1] if metadata.versions else ""
-        """The one it counts for."""
-        self._infer_ns = 0
 
     def answered(self, version: str, ns: int) -> None:
         """The backend has answered by `version` and took `ns`."""
@@ -57,8 +105,10 @@ class Stopwatch:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         taken = time.perf_counter_ns() - self._started
         counts = self._statistics.of(self._model, self.version)
-        if error is not None:  # the caller's leaving too
+        if error is not None:
+            status = _status(error, self._deadline)
             counts.fail.add(taken)
+            counts.statuses[status] = counts.statuses.get(status, 0) + 1
             return
         counts.success.add(taken)
         counts.infer.add(self._infer_ns)
@@ -66,35 +116,112 @@ class Stopwatch:
 
 
 class Statistics:
-    """Counts by (model, version). Only models that the backend knows get here, so callers cannot make it grow."""
+    """Counts by (model, version), for the models that the backend knows, and for all others together."""
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[str, str], Counts] = {}
+        self._counts: dict[tuple[str, str], Counts] = {OTHER: Counts()}
 
-    def request(self, metadata: ModelMetadata) -> Stopwatch:
-        """What times a request to a model with this `metadata` and counts it."""
-        return Stopwatch(self, metadata)
+    def request(self, deadline: Deadline) -> Stopwatch:
+        """What times a request whose caller waits until `deadline`, and counts it."""
+        return Stopwatch(self, deadline)
 
     def message(self, model: str, version: str) -> oip_pb2.ModelStatistics:
         """The statistics of one model and version, zeros if nothing has happened."""
         counts = self._counts.get((model, version), Counts())
-        success, fail, infer = (
-            oip_pb2.StatisticDuration(count=total.count, ns=total.ns)
-            for total in (counts.success, counts.fail, counts.infer)
+        fail, infer = (
+            oip_pb2.StatisticDuration(count=total.count, ns=total.ns) for total in (counts.fail, counts.infer)
         )
+        success = oip_pb2.StatisticDuration(count=counts.success.count, ns=int(counts.success.sum))
         return oip_pb2.ModelStatistics(
             name=model,
             version=version,
             last_inference=counts.last_unix_ms,
-            inference_count=counts.success.count,
-            execution_count=counts.success.count,
+            inference_count=success.count,
+            execution_count=success.count,
             inference_stats=oip_pb2.InferStatistics(success=success, fail=fail, compute_infer=infer),
         )
 
     def counted(self) -> set[tuple[str, str]]:
         """The models and versions that something was counted for."""
-        return set(self._counts)
+        return self._counts.keys() - {OTHER}
+
+    def items(self) -> Iterator[tuple[tuple[str, str], Counts]]:
+        """All that was counted, `OTHER` among it."""
+        yield from self._counts.items()
 
     def of(self, model: str, version: str) -> Counts:
-        """The counts of one model and version."""
-        return self._counts.setdefault((model, version), Counts())
+        """The counts of one model and version, or those of `OTHER` if there are too many."""
+        counts = self._counts.get((model, version))
+        if counts is None:
+            if len(self._counts) > MAX_COUNTED:
+                return self._counts[OTHER]
+            counts = self._counts[model, version] = Counts()
+        return counts
+
+
+@dataclass(slots=True)
+class ReleaseCounts:
+    """What a router did with the requests for one model in which one release of the device took part."""
+
+    answers: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    """By tier, outcome and reason (`hedgerow.router`)."""
+    escalations: int = 0
+    """Requests that went to the cloud with an answer of the edge in hand."""
+    confidence: Histogram = field(default_factory=lambda: Histogram(CONFIDENCE_BOUNDS))
+    """How sure the edge's answers were."""
+    threshold: float | None = None
+    """What the last of them was held against."""
+
+    def answered(self, tier: str, outcome: str, reason: str) -> None:
+        """Count a request that is done."""
+        key = tier, outcome, reason
+        self.answers[key] = self.answers.get(key, 0) + 1
+
+    def judged(self, confidence: float, threshold: float) -> None:
+        """Count an answer that a gate has judged."""
+        self.confidence.add(confidence)
+        self.threshold = threshold
+
+
+class RouteCounts:
+    """The counts of one model's route, by release; "" stands for none."""
+
+    __slots__ = ("_releases",)
+
+    def __init__(self) -> None:
+        self._releases: dict[str, ReleaseCounts] = {}
+
+    @property
+    def releases(self) -> Mapping[str, ReleaseCounts]:
+        """What was counted, of the last releases."""
+        return self._releases
+
+    def of(self, release: str) -> ReleaseCounts:
+        """The counts of one release."""
+        counts = self._releases.get(release)
+        if counts is None:
+            if len(self._releases) >= MAX_RELEASES:
+                del self._releases[next(iter(self._releases))]
+            counts = self._releases[release] = ReleaseCounts()
+        return counts
+
+
+@dataclass(slots=True)
+class RemoteCounts:
+    """What asking a remote took."""
+
+    requests: int = 0
+    """Requests for inference that were taken on; each may be sent more than once."""
+    retries: int = 0
+    hedges: int = 0
+    sent_bytes: int = 0
+    """Of the messages of requests, without what HTTP/2 and TLS add."""
+    received_bytes: int = 0
+    """Of the messages of answers."""
+
+
+def _status(error: BaseException, deadline: Deadline) -> str:
+    """The name of the gRPC status that the caller gets for `error`."""
+    if isinstance(error, asyncio.CancelledError):  # the caller has left, or the transport has seen its time pass
+        return DeadlineExceeded.status.name if deadline.expired else "CANCELLED"
+    return (error.status if isinstance(error, HedgerowError) else HedgerowError.status).name

@@ -26,7 +26,7 @@ class Agent:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
         self.state = folder / "state"
-        self.settings: dict[str, Any] = {"server": {"port": 0}, **settings}
+        self.settings: dict[str, Any] = {"server": {"port": 0}, "metrics": {"listen": "127.0.0.1:0"}, **settings}
         self.settings["device"] = {"state": str(self.state), **self.settings.get("device", {})}
         self.address = ""
         self._process: asyncio.subprocess.Process | None = None

@@ -256,6 +256,39 @@ def infer(
 
 
 @app.command()
+def top(
+    address: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[HOST:PORT]…",
+            help="Where devices serve their metrics [default: $HEDGEROW_METRICS, or `hedgerow up`'s device].",
+            show_default=False,
+        ),
+    ] = None,
+    interval_s: Annotated[float, typer.Option(min=0.1, max=3600, help="Between two readings.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one table and end, as without a terminal.")] = False,
+    json: Json = False,
+) -> None:
+    """Watch what devices do: models, queues, latency, who answers, and the way to the cloud."""
+    from dataclasses import asdict
+
+    from hedgerow_cloud.cli import console
+    from hedgerow_cloud.cli import top as watching
+
+    addresses = address or [_metrics()]
+    for one in addresses:
+        _address(one, "metrics")
+    if not (once or json) and sys.stdout.isatty():
+        watching.follow(addresses, interval_s)
+        return
+    devices = watching.once(addresses, interval_s)
+    if json:
+        console.say_json([asdict(device) for device in devices])
+    else:
+        watching.show(devices)
+
+
+@app.command()
 def doctor(home: Home = None, fleet: Fleet = "", server: Server = "", json: Json = False) -> None:
     """Say what is installed, what this machine is, what can be reached, and what is missing."""
     from dataclasses import asdict
@@ -352,6 +385,16 @@ def _target(option: str, what: str) -> str:
     named = named or DEFAULTS[what]
     _address(named, what)
     return named
+
+
+def _metrics() -> str:
+    """Where the metrics are: the environment, what `up` runs, or the usual port."""
+    from hedgerow_cloud.cli.top import DEFAULT
+
+    said = _home() / "edge" / "metrics-address"  # by the device that `up` runs
+    return (
+        variable("HEDGEROW_METRICS") or (said.read_text(encoding="utf-8").strip() if said.exists() else "") or DEFAULT
+    )
 
 
 def _address(text: str, option: str) -> tuple[str, int]:

@@ -254,6 +254,7 @@ class Stack:
                 ours: dict[str, dict[str, Any]] = {
                     "device": {"id": self.settings.device, "fleet": self.settings.fleet, "state": str(home / "edge")},
                     "server": {"host": HOST, "port": ports.edge},
+                    "metrics": {"listen": f"{HOST}:0"},  # `hedgerow top` reads which in the device's state folder
                     "link": broker,
                     "trust": {name: str(self.keys / f"{name.replace('_', '.')}.json") for name in ROOTS},
                     "cloud": {"target": self._cloud},
