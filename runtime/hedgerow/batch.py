@@ -104,7 +104,11 @@ class Runnable:
         total = sum(rows)
         whole = len(requests) == 1 and size == total
         names = requests[0].outputs or self._names
-        inputs = {t.name: t.array for t in requests[0].inputs} if whole else join(requests, size - total)
+        inputs = (
+            {t.name: np.require(t.array, requirements="A") for t in requests[0].inputs}
+            if whole
+            else join(requests, size - total)
+        )
         ready = time.perf_counter_ns()
         arrays = self._session.run(inputs, names)
         ended = time.perf_counter_ns()

@@ -5,13 +5,13 @@ Whatever implements `Connection` raises the errors of `hedgerow.rpc.received`, w
 
 import asyncio
 import ssl
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from functools import cache
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 
 from hedgerow import rpc
 from hedgerow.errors import ConfigError, EngineFault, HedgerowError, Unavailable
@@ -25,7 +25,7 @@ ADDRESSES = ("ipv4:", "ipv6:", "unix:", "DNS")
 Metadata = tuple[tuple[str, str], ...]
 """What goes with a call beside its message."""
 Connectivity = grpc.ChannelConnectivity
-M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 _Stream: TypeAlias = "grpc.aio.StreamStreamMultiCallable[bytes, bytes]"
 _Unary: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 
@@ -110,10 +110,10 @@ class Connector:
         return _GrpcConnection(grpc.aio.secure_channel(address, self._credentials, options))
 
 
-def parsed(kind: type[M], raw: bytes, server: str) -> M:
-    """The message of `kind` that `server` answered with; raises `EngineFault` if it is none."""
+def parsed(read: Callable[[bytes], T], raw: bytes, server: str) -> T:
+    """What `read` makes of the bytes that `server` answered with; raises `EngineFault` if they are no such message."""
     try:
-        return kind.FromString(raw)
+        return read(raw)
     except DecodeError:
         raise EngineFault(f"{server} answered with bytes that are no message of the protocol") from None
 

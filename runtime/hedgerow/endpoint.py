@@ -311,7 +311,7 @@ class Endpoint:
         except Unsupported:  # a server of models only; it answers
             ready = True
         else:
-            ready = parsed(oip_pb2.ServerReadyResponse, raw, self._name).ready
+            ready = parsed(oip_pb2.ServerReadyResponse.FromString, raw, self._name).ready
         self._round_trips.append(time.monotonic() - started)
         return await self._models.examine(ask, server_ready=ready)
 

@@ -42,7 +42,7 @@ class KnownModels:
         except NotFound:
             self._known.pop((model, version), None)
             return None
-        metadata = metadata_from_proto(parsed(oip_pb2.ModelMetadataResponse, raw, self._server))
+        metadata = metadata_from_proto(parsed(oip_pb2.ModelMetadataResponse.FromString, raw, self._server))
         if (model, version) in self._known:
             self._known[model, version] = (time.monotonic(), metadata)
         return metadata
@@ -53,7 +53,7 @@ class KnownModels:
             raw = await ask("ModelReady", oip_pb2.ModelReadyRequest(name=model, version=version))
         except NotFound:  # KServe's way to say no
             return False
-        return parsed(oip_pb2.ModelReadyResponse, raw, self._server).ready
+        return parsed(oip_pb2.ModelReadyResponse.FromString, raw, self._server).ready
 
     async def examine(self, ask: Ask, *, server_ready: bool) -> str:
         """What keeps the remote from answering; with nothing in the way, news of the models that were asked for.

@@ -38,18 +38,19 @@ from hedgerow.proto import oip_pb2
 from hedgerow.remote_settings import RemoteSettings, Target
 from hedgerow.statistics import RemoteCounts
 from hedgerow.tensors import (
+    HOPS_KEY,
+    TENANT_KEY,
     InferRequest,
     InferResponse,
     ModelMetadata,
     Origin,
-    request_to_proto,
+    request_to_bytes,
+    response_from_bytes,
     response_from_proto,
 )
 
 __all__ = ["RemoteBackend", "RemoteSettings", "Target"]
 
-HOPS_KEY = "hedgerow-hops"
-TENANT_KEY = "hedgerow-tenant"
 HEDGE_BURST = 1
 MAX_VALUE_CHARS = 512
 """Of one value of metadata: as much of `tracestate` W3C Trace Context wants propagated; more is left out whole."""
@@ -135,7 +136,7 @@ class RemoteBackend:
         """See `Backend`; none where the remote does not list its models."""
         try:
             raw = await self._ask("RepositoryIndex", oip_pb2.RepositoryIndexRequest())
-            index = parsed(oip_pb2.RepositoryIndexResponse, raw, self._name)
+            index = parsed(oip_pb2.RepositoryIndexResponse.FromString, raw, self._name)
         except HedgerowError:
             return ()
         return tuple(ModelState(m.name, m.version, m.state == "READY", m.reason) for m in index.models)
@@ -179,7 +180,7 @@ class RemoteBackend:
             endpoint = await self._choose(call)
             async with aclosing(endpoint.stream("ModelStreamInfer", call.raw, deadline, call.metadata)) as answers:
                 async for raw in answers:
-                    answer = parsed(oip_pb2.ModelStreamInferResponse, raw, self._name)
+                    answer = parsed(oip_pb2.ModelStreamInferResponse.FromString, raw, self._name)
                     if answer.error_message:
                         raise EngineFault(f"{self._name}: {answer.error_message}")
                     yield response_from_proto(answer.infer_response)
@@ -210,7 +211,7 @@ class RemoteBackend:
         self.counts.requests += 1
         self._retries.requested()
         self._hedges.requested()
-        return _Call(request, request_to_proto(request).SerializeToString(), metadata, deadline)
+        return _Call(request, request_to_bytes(request), metadata, deadline)
 
     def _metadata(self, origin: Origin) -> Metadata:
         if origin.hops >= self.settings.max_hops:
@@ -316,7 +317,7 @@ class RemoteBackend:
         took_s = time.monotonic() - started
         self.counts.received_bytes += len(raw)
         try:
-            answer = response_from_proto(parsed(oip_pb2.ModelInferResponse, raw, self._name))
+            answer = parsed(response_from_bytes, raw, self._name)
         except EngineFault:
             endpoint.faulted()
             raise

@@ -292,8 +292,9 @@ class Router:
             # The gate needs to see what it judges, also where the caller does not ask for it.
             request = replace(request, outputs=(*asked, gate.output))
         answer = await route.edge.infer(request, journey.deadline)
-        outputs = tuple(tensor for tensor in answer.outputs if not asked or tensor.name in asked)
-        journey.held = replace(answer, outputs=outputs)
+        journey.held = answer
+        if asked:
+            journey.held = replace(answer, outputs=tuple(tensor for tensor in answer.outputs if tensor.name in asked))
         if answer.version != journey.verdict.version:  # swapped since the request set out
             journey.verdict = await self._verdict(route, answer.version, journey.deadline)
         gate = journey.verdict.gate

@@ -6,7 +6,8 @@ here and nowhere else. A service is a table of `Method` by path; `hedgerow.trans
 
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
@@ -44,8 +45,8 @@ class Call(Protocol):
 
 
 Handler = Callable[[Any, Any], Awaitable[Any]]
-"""``async (request, call)``. A unary one returns its answer; a streaming one writes serialised answers to the call;
-where requests stream, `request` is the iterator over their bytes, for `parse`."""
+"""``async (request, call)``. A unary one returns its answer, a message or its bytes; a streaming one writes serialised
+answers to the call; where requests stream, `request` is the iterator over their bytes, for `parse`."""
 M = TypeVar("M", bound=Message)
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ class Method:
 
     name: str
     handle: Handler
-    request: type[Message]
+    request: type[Message] | None
+    """What requests are parsed as; None where the handler does that itself."""
     client_streaming: bool
     server_streaming: bool
 
@@ -81,9 +83,11 @@ class Method:
         Requests are parsed in here, not by the transport, so that garbage is INVALID_ARGUMENT on each of them.
         """
         try:
-            request = parse(self.request, received) if isinstance(received, bytes) else received
+            request: Any = received
+            if self.request is not None and isinstance(received, bytes):
+                request = parse(self.request, received)
             response = await self.handle(request, call)
-            return None if response is None else response.SerializeToString()
+            return response if response is None or isinstance(response, bytes) else response.SerializeToString()
         except Exception as unknown:  # the border: `public` logs what must not cross it
             raise public(unknown, self.name) from unknown
 
@@ -92,12 +96,14 @@ Methods = Mapping[str, Method]
 """By path: "/package.Service/Method"."""
 
 
-def methods(service: ServiceDescriptor, handlers: Mapping[str, Handler]) -> dict[str, Method]:
-    """`handlers`, by method name, as `service` describes them."""
+def methods(
+    service: ServiceDescriptor, handlers: Mapping[str, Handler], *, unparsed: Container[str] = ()
+) -> dict[str, Method]:
+    """`handlers`, by method name, as `service` describes them; those of `unparsed` take their requests as bytes."""
 
     def method(name: str, handle: Handler) -> Method:
         described: MethodDescriptor = service.methods_by_name[name]
-        kind = GetMessageClass(described.input_type)
+        kind = None if name in unparsed else GetMessageClass(described.input_type)
         return Method(name, handle, kind, described.client_streaming, described.server_streaming)
 
     return {f"/{service.full_name}/{name}": method(name, handle) for name, handle in handlers.items()}
@@ -105,8 +111,15 @@ def methods(service: ServiceDescriptor, handlers: Mapping[str, Handler]) -> dict
 
 def parse(kind: type[M], raw: bytes) -> M:
     """The message of `kind` in `raw`; raises `InvalidInput` if it is none."""
-    try:
+    with readable(kind):
         return kind.FromString(raw)
+
+
+@contextmanager
+def readable(kind: type[Message]) -> Iterator[None]:
+    """Turns what parsing a message of `kind` raises into `InvalidInput`."""
+    try:
+        yield
     except DecodeError as error:
         raise InvalidInput(f"the request is no valid {kind.DESCRIPTOR.full_name}") from error
 

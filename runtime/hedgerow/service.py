@@ -22,11 +22,13 @@ from hedgerow.errors import DeadlineExceeded, Forbidden, InvalidInput, ModelNotR
 from hedgerow.health import Health, reflection_methods
 from hedgerow.lifecycle import InFlight
 from hedgerow.proto import oip_pb2
-from hedgerow.rpc import Call, Method, Methods, address, details, methods, parse, public
+from hedgerow.rpc import Call, Method, Methods, address, details, methods, parse, public, readable
 from hedgerow.statistics import Statistics, Stopwatch
 from hedgerow.telemetry import REQUEST
 from hedgerow.tensors import (
+    HOPS_KEY,
     NOWHERE,
+    TENANT_KEY,
     InferRequest,
     InferResponse,
     ModelMetadata,
@@ -35,7 +37,9 @@ from hedgerow.tensors import (
     classified,
     config_to_proto,
     metadata_to_proto,
+    request_from_bytes,
     request_from_proto,
+    response_to_bytes,
     response_to_proto,
 )
 
@@ -48,10 +52,6 @@ RETRY_AFTER_S = 1.0
 FLUSH_S = 1.0
 """How long calls may linger after the drain: answers being sent, idle streams."""
 
-HOPS_KEY: Final = "hedgerow-hops"
-"""In a call's metadata: how many routers it has passed."""
-TENANT_KEY: Final = "hedgerow-tenant"
-"""In a call's metadata: who asks, where whoever stands before us vouches for it."""
 FINAL_ASKED: Final = "triton_enable_empty_final_response"
 FINAL: Final = "triton_final_response"
 DECOUPLED: Final = "decoupled"
@@ -93,6 +93,7 @@ class OipService:
                 "RepositoryModelLoad": self.repository_model_load,
                 "RepositoryModelUnload": self.repository_model_unload,
             },
+            unparsed={"ModelInfer"},
         )
 
     async def ready(self) -> bool:
@@ -126,10 +127,12 @@ class OipService:
         """A model's interface."""
         return metadata_to_proto(await self._backend.metadata(request.name, request.version))
 
-    async def model_infer(self, message: oip_pb2.ModelInferRequest, call: Call) -> oip_pb2.ModelInferResponse:
-        """One answer to one request."""
+    async def model_infer(self, raw: bytes, call: Call) -> bytes:
+        """One answer to one request. From bytes to bytes, because large tensors are not parsed."""
         with self.statistics.request(call.deadline) as watch, self._admitted():
-            request = request_from_proto(message, origin(call.metadata))
+            with readable(oip_pb2.ModelInferRequest):
+                message, raws = request_from_bytes(raw)
+            request = request_from_proto(message, origin(call.metadata), raws)
             REQUEST.set(request)
             deadline, timeout = self._deadline(request, call)
             async with timeout:
@@ -139,7 +142,7 @@ class OipService:
                 started = time.perf_counter_ns()
                 response = await self._backend.infer(request, deadline)
                 watch.answered(response.version, time.perf_counter_ns() - started)
-                return _answer(message, request, response, metadata)
+                return response_to_bytes(_answer(message, request, response, metadata))
 
     async def model_stream_infer(self, raws: AsyncIterator[bytes], call: Call) -> None:
         """The answers of many requests, in the order of the requests; a request that fails says so in its place."""
@@ -295,7 +298,7 @@ class OipService:
                 if response is None:
                     break
                 watch.answered(response.version, time.perf_counter_ns() - started)
-                answer = _answer(message, request, response, metadata)
+                answer = response_to_proto(_answer(message, request, response, metadata))
                 if tell:
                     answer.parameters[FINAL].bool_param = not decoupled
                 await answers.put(oip_pb2.ModelStreamInferResponse(infer_response=answer))
@@ -385,13 +388,11 @@ def origin(metadata: Mapping[str, str]) -> Origin:
 
 def _answer(
     message: oip_pb2.ModelInferRequest, request: InferRequest, response: InferResponse, metadata: ModelMetadata
-) -> oip_pb2.ModelInferResponse:
+) -> InferResponse:
     """The answer under the name and id that the caller used, whatever those behind us call the model."""
     if response.model != request.model or response.id != request.id:
         response = replace(response, model=request.model, id=request.id)
-    if message.outputs:
-        response = classified(response, message, metadata)
-    return response_to_proto(response)
+    return classified(response, message, metadata) if message.outputs else response
 
 
 @asynccontextmanager

@@ -5,6 +5,7 @@ here and nowhere else. Rules of the conversions:
 
 - nothing is allocated from a size that a message merely claims: the bytes must be there first;
 - numeric inputs that travelled raw are read-only views on the received bytes, never copies;
+- large tensors are not parsed or copied on their way through (`hedgerow.wire`);
 - what we send is always raw, the one form that every client reads; what we receive may be typed as well;
 - a malformed request is `InvalidInput`, a malformed answer of another server `EngineFault`; both name the tensor, what
   was expected and what came.
@@ -13,16 +14,22 @@ here and nowhere else. Rules of the conversions:
 import math
 import struct
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from hedgerow import wire
 from hedgerow.errors import EngineFault, HedgerowError, InvalidInput, Unsupported
 from hedgerow.proto import oip_pb2
 
 Parameter = bool | int | float | str
+Raw = bytes | memoryview
+"""The bytes of one tensor."""
+Raws = Sequence[Raw]
 
 CLASSIFICATION = "classification"
 """Parameter of a requested output: how many classes of it are wanted, in words."""
@@ -96,6 +103,12 @@ class Tensor:
     def shape(self) -> tuple[int, ...]:
         """The array's shape."""
         return self.array.shape
+
+
+HOPS_KEY: Final = "hedgerow-hops"
+"""In a call's metadata: how many routers it has passed."""
+TENANT_KEY: Final = "hedgerow-tenant"
+"""In a call's metadata: who asks, where whoever stands before us vouches for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +253,22 @@ NOWHERE: Final = Origin()
 """Of a request that says nothing of where it comes from."""
 
 
-def request_from_proto(message: oip_pb2.ModelInferRequest, origin: Origin = NOWHERE) -> InferRequest:
+def request_from_bytes(raw: bytes) -> tuple[oip_pb2.ModelInferRequest, Raws]:
+    """The message in `raw`, and the raw contents, which it is without if they are large: for `request_from_proto`.
+
+    Raises `DecodeError`.
+    """
+    if len(raw) >= wire.WORTHWHILE_BYTES:
+        with suppress(DecodeError):
+            head, raws = wire.lift(raw, wire.RAW_INPUTS)
+            return oip_pb2.ModelInferRequest.FromString(head), raws
+    message = oip_pb2.ModelInferRequest.FromString(raw)
+    return message, message.raw_input_contents
+
+
+def request_from_proto(
+    message: oip_pb2.ModelInferRequest, origin: Origin = NOWHERE, raws: Raws | None = None
+) -> InferRequest:
     """The request in `message`, well-formed in itself; whether it fits the model is for `check_request` to say."""
     if not message.model_name:
         raise InvalidInput("the request names no model")
@@ -258,7 +286,9 @@ def request_from_proto(message: oip_pb2.ModelInferRequest, origin: Origin = NOWH
         model=message.model_name,
         version=message.model_version,
         id=message.id,
-        inputs=_tensors_from_proto("input", message.inputs, message.raw_input_contents, InvalidInput),
+        inputs=_tensors_from_proto(
+            "input", message.inputs, message.raw_input_contents if raws is None else raws, InvalidInput
+        ),
         outputs=outputs,
         parameters=_parameters_from_proto(message.parameters, InvalidInput),
         origin=origin,
@@ -267,40 +297,75 @@ def request_from_proto(message: oip_pb2.ModelInferRequest, origin: Origin = NOWH
 
 def request_to_proto(request: InferRequest) -> oip_pb2.ModelInferRequest:
     """The message for `request`, inputs raw; raises `InvalidInput` if an array is not of its datatype."""
+    message, raws = _request_parts(request)
+    message.raw_input_contents.extend(map(bytes, raws))
+    return message
+
+
+def request_to_bytes(request: InferRequest) -> bytes:
+    """`request_to_proto`, serialised; large inputs are copied once."""
+    message, raws = _request_parts(request)
+    return wire.join(message.SerializeToString(), wire.RAW_INPUTS, raws)
+
+
+def _request_parts(request: InferRequest) -> tuple[oip_pb2.ModelInferRequest, list[Raw]]:
     tensor_message = oip_pb2.ModelInferRequest.InferInputTensor
-    return oip_pb2.ModelInferRequest(
+    message = oip_pb2.ModelInferRequest(
         model_name=request.model,
         model_version=request.version,
         id=request.id,
         parameters=_parameters_to_proto(request.parameters),
         inputs=[tensor_message(name=t.name, datatype=t.datatype, shape=t.shape) for t in request.inputs],
         outputs=[oip_pb2.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in request.outputs],
-        raw_input_contents=[_to_raw("input", t, InvalidInput) for t in request.inputs],
     )
+    return message, [_to_raw("input", t, InvalidInput) for t in request.inputs]
 
 
-def response_from_proto(message: oip_pb2.ModelInferResponse) -> InferResponse:
-    """The answer in `message`; raises `EngineFault` if it is malformed."""
+def response_from_bytes(raw: bytes) -> InferResponse:
+    """The answer in `raw`; raises `DecodeError`, and `EngineFault` if it is malformed."""
+    if len(raw) >= wire.WORTHWHILE_BYTES:
+        with suppress(DecodeError):
+            head, raws = wire.lift(raw, wire.RAW_OUTPUTS)
+            return response_from_proto(oip_pb2.ModelInferResponse.FromString(head), raws)
+    return response_from_proto(oip_pb2.ModelInferResponse.FromString(raw))
+
+
+def response_from_proto(message: oip_pb2.ModelInferResponse, raws: Raws | None = None) -> InferResponse:
+    """The answer in `message`, with its raw contents if it is without; raises `EngineFault` if it is malformed."""
     return InferResponse(
         model=message.model_name,
         version=message.model_version,
         id=message.id,
-        outputs=_tensors_from_proto("output", message.outputs, message.raw_output_contents, EngineFault),
+        outputs=_tensors_from_proto(
+            "output", message.outputs, message.raw_output_contents if raws is None else raws, EngineFault
+        ),
         parameters=_parameters_from_proto(message.parameters, EngineFault),
     )
 
 
 def response_to_proto(response: InferResponse) -> oip_pb2.ModelInferResponse:
     """The message for `response`, outputs raw; raises `EngineFault` if an array is not of its datatype."""
+    message, raws = _response_parts(response)
+    message.raw_output_contents.extend(map(bytes, raws))
+    return message
+
+
+def response_to_bytes(response: InferResponse) -> bytes:
+    """`response_to_proto`, serialised; large outputs are copied once."""
+    message, raws = _response_parts(response)
+    return wire.join(message.SerializeToString(), wire.RAW_OUTPUTS, raws)
+
+
+def _response_parts(response: InferResponse) -> tuple[oip_pb2.ModelInferResponse, list[Raw]]:
     tensor_message = oip_pb2.ModelInferResponse.InferOutputTensor
-    return oip_pb2.ModelInferResponse(
+    message = oip_pb2.ModelInferResponse(
         model_name=response.model,
         model_version=response.version,
         id=response.id,
         parameters=_parameters_to_proto(response.parameters),
         outputs=[tensor_message(name=t.name, datatype=t.datatype, shape=t.shape) for t in response.outputs],
-        raw_output_contents=[_to_raw("output", t, EngineFault) for t in response.outputs],
     )
+    return message, [_to_raw("output", t, EngineFault) for t in response.outputs]
 
 
 def classified(response: InferResponse, message: oip_pb2.ModelInferRequest, metadata: ModelMetadata) -> InferResponse:
@@ -399,7 +464,7 @@ _TensorMessage = oip_pb2.ModelInferRequest.InferInputTensor | oip_pb2.ModelInfer
 
 
 def _tensors_from_proto(
-    kind: str, messages: Sequence[_TensorMessage], raws: Sequence[bytes], fault: type[HedgerowError]
+    kind: str, messages: Sequence[_TensorMessage], raws: Raws, fault: type[HedgerowError]
 ) -> tuple[Tensor, ...]:
     if len(messages) > 1:
         _check_distinct(kind, [message.name for message in messages], fault)
@@ -437,7 +502,7 @@ def _elements(where: str, shape: tuple[int, ...], fault: type[HedgerowError]) ->
     return math.prod(shape)
 
 
-def _from_raw(where: str, raw: bytes, datatype: str, count: int, fault: type[HedgerowError]) -> NDArray[Any]:
+def _from_raw(where: str, raw: Raw, datatype: str, count: int, fault: type[HedgerowError]) -> NDArray[Any]:
     dtype = _DTYPES[datatype]
     if len(raw) != count * dtype.itemsize:
         raise fault(
@@ -449,7 +514,7 @@ def _from_raw(where: str, raw: bytes, datatype: str, count: int, fault: type[Hed
     return array
 
 
-def _from_raw_bytes(where: str, raw: bytes, count: int, fault: type[HedgerowError]) -> NDArray[Any]:
+def _from_raw_bytes(where: str, raw: Raw, count: int, fault: type[HedgerowError]) -> NDArray[Any]:
     if len(raw) < count * _LENGTH.size:
         raise fault(f"{where}: expected {count} BYTES elements, got {len(raw)} bytes, too few for their lengths")
     elements, at = [], 0
@@ -461,7 +526,7 @@ def _from_raw_bytes(where: str, raw: bytes, count: int, fault: type[HedgerowErro
         at = start + length
         if at > len(raw):
             raise fault(f"{where}: expected element {index} to have {length} bytes, got {len(raw) - start}")
-        elements.append(raw[start:at])
+        elements.append(bytes(raw[start:at]))
     if at != len(raw):
         raise fault(f"{where}: expected {count} BYTES elements, got {len(raw) - at} bytes after them")
     return _objects(elements, (count,))
@@ -487,7 +552,7 @@ def _from_contents(where: str, message: _TensorMessage, count: int, fault: type[
     return exact
 
 
-def _to_raw(kind: str, tensor: Tensor, fault: type[HedgerowError]) -> bytes:
+def _to_raw(kind: str, tensor: Tensor, fault: type[HedgerowError]) -> Raw:
     where, array = f"{kind} {tensor.name!r}", tensor.array
     wanted = _DTYPES.get(tensor.datatype)
     if wanted is None:
@@ -495,6 +560,8 @@ def _to_raw(kind: str, tensor: Tensor, fault: type[HedgerowError]) -> bytes:
     if array.dtype != wanted and array.dtype.newbyteorder("<") != wanted:
         raise fault(f"{where}: expected an array of {wanted.name} for {tensor.datatype}, got {array.dtype.name}")
     if tensor.datatype != "BYTES":
+        if array.nbytes >= wire.WORTHWHILE_BYTES:
+            return np.ascontiguousarray(array, wanted).data.cast("B")
         return array.astype(wanted, copy=False).tobytes()
     parts: list[bytes] = []
     for element in array.ravel():

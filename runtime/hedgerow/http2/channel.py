@@ -24,8 +24,9 @@ MAX_STREAMS = 1000
 """Calls at once that we make before the server has said how many it takes."""
 MAX_ANSWERS_AHEAD = 64
 """Answers of a stream that wait for who asked; more are not let in by the window."""
-KEEPALIVE_S = 20.0
-"""Silence, with calls in flight, after which the server is asked whether it is there."""
+KEEPALIVE_S = 310.0
+"""Silence, with calls in flight, after which the server is asked whether it is there. Stock gRPC servers hang up on
+clients that ask more often than every five minutes; calls have deadlines besides."""
 CANNOT_CONNECT: Final = "cannot connect"
 GIVEN_UP: Final = "the connection was given up"
 

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, cast
 
-from google.protobuf import empty_pb2
-
 from hedgerow import rpc
 from hedgerow.backend import Deadline
 from hedgerow.config import ServerSettings
@@ -462,7 +460,7 @@ async def _no_method(_: AsyncIterator[bytes], __: rpc.Call) -> None:
 
 
 # Takes a stream, so that it answers without waiting for a message.
-_NO_METHOD: Final = Method("no method", _no_method, empty_pb2.Empty, client_streaming=True, server_streaming=True)
+_NO_METHOD: Final = Method("no method", _no_method, None, client_streaming=True, server_streaming=True)
 
 
 def _tls(settings: ServerSettings) -> ssl.SSLContext | None:
