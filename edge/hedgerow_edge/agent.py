@@ -86,8 +86,9 @@ async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> Non
         host = ModelHost(settings.host)
         stack.push_async_callback(host.close)
         cloud: RemoteBackend | None = None
-        if settings.cloud.target:
-            cloud = await stack.enter_async_context(RemoteBackend("cloud", settings.cloud.target, settings.cloud))
+        targets = settings.cloud.targets or settings.cloud.target
+        if targets:
+            cloud = await stack.enter_async_context(RemoteBackend("cloud", targets, settings.cloud))
 
         tracing = None
         if settings.tracing.endpoint:
@@ -120,7 +121,9 @@ async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> Non
         server = Server(
             router if tracing is None else tracing.around(router, "route"),
             settings.server,
+            control=host if settings.server.model_control else None,
             name="hedgerow-edge",
+            batches=host.counts,
             around=None if tracing is None else tracing.methods,
         )
         device_metrics = DeviceMetrics(installer, store)
@@ -196,7 +199,14 @@ def _route(
 
 async def _load(model: str, static: StaticModel, base: Path, host: ModelHost, router: Router) -> None:
     """Serve a model file from the settings; one that cannot be served is an error in them."""
-    file = ModelFile(model, static.version, base / static.path, engine=static.engine, precision=static.precision)
+    file = ModelFile(
+        model,
+        static.version,
+        base / static.path,
+        engine=static.engine,
+        precision=static.precision,
+        pinned=static.pinned,
+    )
     try:
         router.set_gate(model, static.version, static.gate, None)
         await host.load_file(file)

@@ -34,7 +34,7 @@ from hedgerow.diagnostics import MetricsSettings
 from hedgerow.errors import ConfigError
 from hedgerow.gate import Gate
 from hedgerow.host import HostSettings
-from hedgerow.remote import RemoteSettings
+from hedgerow.remote import RemoteSettings, Target
 from hedgerow.router import RouteSettings
 from hedgerow.telemetry import LogSettings, TracingSettings
 from hedgerow_edge.installer import UpdateSettings
@@ -75,6 +75,8 @@ class CloudSettings(RemoteSettings, frozen=True, kw_only=True):
 
     target: Annotated[str, msgspec.Meta(pattern=r"^$|^(\[[0-9a-fA-F:]+\]|[^\s:/]+):[0-9]+$")] = ""
     """"host:port" of any server that speaks OIP over gRPC; empty: there is none."""
+    targets: tuple[Target, ...] = ()
+    """Several endpoints in place of `target`, each with its zone."""
 
 
 class StaticModel(Settings, frozen=True, kw_only=True):
@@ -84,6 +86,8 @@ class StaticModel(Settings, frozen=True, kw_only=True):
     engine: str = "onnxruntime"
     version: str = "1"
     precision: str = ""
+    pinned: bool = False
+    """Never unloaded to make room for another model."""
     gate: Gate | None = None
     """None: its answers are never good enough on their own where there is a cloud."""
 

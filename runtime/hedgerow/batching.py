@@ -16,7 +16,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
@@ -34,44 +34,11 @@ from hedgerow.errors import (
 )
 from hedgerow.latency import LatencyWindow
 from hedgerow.scheduling import BatchSettings, Run, Scheduler, Ticket
-from hedgerow.statistics import Total
+from hedgerow.statistics import BatchCounts, Compute
 from hedgerow.tensors import InferRequest, InferResponse
 from hedgerow.workers import Workers
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Compute:
-    """Putting inputs together, the engine itself, and taking outputs apart."""
-
-    input: Total = field(default_factory=Total)
-    infer: Total = field(default_factory=Total)
-    output: Total = field(default_factory=Total)
-
-    def add(self, outcome: Outcome, count: int = 1) -> None:
-        """Count a run for each of `count` who took part."""
-        for total, ns in (
-            (self.input, outcome.input_ns),
-            (self.infer, outcome.infer_ns),
-            (self.output, outcome.output_ns),
-        ):
-            total.count += count
-            total.ns += count * ns
-
-
-@dataclass(slots=True)
-class BatchCounts:
-    """What was run of one model in one version, in the sense of OIP's ModelStatistics."""
-
-    rows: int = 0
-    """`inference_count`."""
-    queue: Total = field(default_factory=Total)
-    """By request."""
-    requests: Compute = field(default_factory=Compute)
-    """By request; each counts the whole time of its batch."""
-    executions: dict[int, Compute] = field(default_factory=dict)
-    """`batch_stats`: by the rows that were run, padding included; their counts sum up to `execution_count`."""
 
 
 class Call(Ticket):

@@ -20,12 +20,13 @@ import msgspec
 
 from hedgerow.backend import Deadline, ModelState, Snapshot
 from hedgerow.batch import Runnable
-from hedgerow.batching import BatchCounts, Batcher
+from hedgerow.batching import Batcher
 from hedgerow.config import Count, Seconds, Settings
 from hedgerow.errors import ModelNotFound, ModelNotReady
 from hedgerow.isolation import IsolationSettings
 from hedgerow.loading import ModelFile, file_bytes, open_model
 from hedgerow.scheduling import BatchSettings
+from hedgerow.statistics import BatchCounts
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata
 
 __all__ = ["BatchSettings", "HostSettings", "ModelFile", "ModelHost", "Staged"]

@@ -21,12 +21,11 @@ from prometheus_client.exposition import choose_encoder
 
 from hedgerow import __version__
 from hedgerow.backend import Backend
-from hedgerow.batching import BatchCounts
 from hedgerow.host import ModelHost
 from hedgerow.lifecycle import InFlight
 from hedgerow.router import Router
 from hedgerow.service import Server
-from hedgerow.statistics import OTHER, Histogram, RemoteCounts
+from hedgerow.statistics import OTHER, BatchCounts, Histogram, RemoteCounts
 
 OTHER_MODEL: Final = "(other)"
 """Label of what is counted for no model in particular; no model can be called so."""

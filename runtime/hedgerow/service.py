@@ -23,7 +23,7 @@ from hedgerow.health import Health, reflection_methods
 from hedgerow.lifecycle import InFlight
 from hedgerow.proto import oip_pb2
 from hedgerow.rpc import Call, Method, Methods, address, details, methods, parse, public, readable
-from hedgerow.statistics import Statistics, Stopwatch
+from hedgerow.statistics import BatchCounts, Statistics, Stopwatch
 from hedgerow.telemetry import REQUEST
 from hedgerow.tensors import (
     HOPS_KEY,
@@ -65,8 +65,16 @@ _Queue = asyncio.Queue[oip_pb2.ModelStreamInferResponse | None]
 class OipService:
     """One method a call of GRPCInferenceService, in its order. Once `draining` is set, nothing new is begun."""
 
-    def __init__(self, backend: Backend, settings: ServerSettings, control: ModelControl | None, name: str) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        settings: ServerSettings,
+        control: ModelControl | None,
+        name: str,
+        batches: Callable[[str], BatchCounts | None] = lambda _: None,
+    ) -> None:
         self._backend = backend
+        self._batches = batches
         self._settings = settings
         self._control = control
         self._name = name
@@ -180,7 +188,12 @@ class OipService:
             for model, version in sorted(served | self.statistics.counted())
             if request.name in {"", model} and request.version in {"", version}
         ]
-        return oip_pb2.ModelStatisticsResponse(model_stats=[self.statistics.message(*key) for key in wanted])
+        messages = []
+        for model, version in wanted:
+            batches = self._batches(model)
+            running = batches is not None and await self._backend.ready(model, version)
+            messages.append(self.statistics.message(model, version, batches if running else None))
+        return oip_pb2.ModelStatisticsResponse(model_stats=messages)
 
     async def repository_index(
         self, request: oip_pb2.RepositoryIndexRequest, call: Call
@@ -312,7 +325,8 @@ class Server:
     """A gRPC server of one backend: OIP, health and reflection. An async context manager, or `start` and `stop`.
 
     The backend stays its owner's to close. With a `control`, callers may load and unload models. `around` may put
-    something around the methods that are served, such as spans (`hedgerow.tracing`).
+    something around the methods that are served, such as spans (`hedgerow.tracing`). `batches` gives what ran of a
+    model in the version that is serving, where somebody counts that.
     """
 
     def __init__(
@@ -323,10 +337,11 @@ class Server:
         control: ModelControl | None = None,
         name: str = "hedgerow",
         around: Callable[[Methods], Methods] | None = None,
+        batches: Callable[[str], BatchCounts | None] = lambda _: None,
     ) -> None:
         self._settings = settings
         self._around = around
-        self.service = OipService(backend, settings, control, name)
+        self.service = OipService(backend, settings, control, name, batches)
         self.listener: transports.Listener | None = None
         """The transport, while it listens."""
         self.port = 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final, Self
 
 from hedgerow.backend import Deadline
+from hedgerow.batch import Outcome
 from hedgerow.errors import DeadlineExceeded, HedgerowError
 from hedgerow.proto import oip_pb2
 from hedgerow.tensors import ModelMetadata
@@ -60,6 +61,39 @@ class Histogram:
         """Count a value."""
         self.buckets[bisect_left(self.bounds, value)] += times
         self.sum += times * value
+
+
+@dataclass(slots=True)
+class Compute:
+    """Putting inputs together, the engine itself, and taking outputs apart."""
+
+    input: Total = field(default_factory=Total)
+    infer: Total = field(default_factory=Total)
+    output: Total = field(default_factory=Total)
+
+    def add(self, outcome: Outcome, count: int = 1) -> None:
+        """Count a run for each of `count` who took part."""
+        for total, ns in (
+            (self.input, outcome.input_ns),
+            (self.infer, outcome.infer_ns),
+            (self.output, outcome.output_ns),
+        ):
+            total.count += count
+            total.ns += count * ns
+
+
+@dataclass(slots=True)
+class BatchCounts:
+    """What was run of one model in one version, in the sense of OIP's ModelStatistics."""
+
+    rows: int = 0
+    """`inference_count`."""
+    queue: Total = field(default_factory=Total)
+    """By request."""
+    requests: Compute = field(default_factory=Compute)
+    """By request; each counts the whole time of its batch."""
+    executions: dict[int, Compute] = field(default_factory=dict)
+    """`batch_stats`: by the rows that were run, padding included; their counts sum up to `execution_count`."""
 
 
 @dataclass(slots=True)
@@ -125,21 +159,33 @@ class Statistics:
         """What times a request whose caller waits until `deadline`, and counts it."""
         return Stopwatch(self, deadline)
 
-    def message(self, model: str, version: str) -> oip_pb2.ModelStatistics:
-        """The statistics of one model and version, zeros if nothing has happened."""
+    def message(self, model: str, version: str, batches: BatchCounts | None = None) -> oip_pb2.ModelStatistics:
+        """The statistics of one model and version, zeros if nothing has happened; with what ran of it, where known.
+
+        Without `batches`, each request is taken to be one run, and what the backend took is its inference.
+        """
         counts = self._counts.get((model, version), Counts())
-        fail, infer = (
-            oip_pb2.StatisticDuration(count=total.count, ns=total.ns) for total in (counts.fail, counts.infer)
-        )
         success = oip_pb2.StatisticDuration(count=counts.success.count, ns=int(counts.success.sum))
-        return oip_pb2.ModelStatistics(
+        statistics = oip_pb2.ModelStatistics(
             name=model,
             version=version,
             last_inference=counts.last_unix_ms,
             inference_count=success.count,
             execution_count=success.count,
-            inference_stats=oip_pb2.InferStatistics(success=success, fail=fail, compute_infer=infer),
+            inference_stats=oip_pb2.InferStatistics(success=success, fail=_duration(counts.fail)),
         )
+        if batches is None:
+            statistics.inference_stats.compute_infer.CopyFrom(_duration(counts.infer))
+            return statistics
+        statistics.inference_count = batches.rows
+        statistics.execution_count = sum(run.infer.count for run in batches.executions.values())
+        statistics.inference_stats.queue.CopyFrom(_duration(batches.queue))
+        statistics.inference_stats.MergeFrom(oip_pb2.InferStatistics(**_durations(batches.requests)))
+        statistics.batch_stats.extend(
+            oip_pb2.InferBatchStatistics(batch_size=size, **_durations(run))
+            for size, run in sorted(batches.executions.items())
+        )
+        return statistics
 
     def counted(self) -> set[tuple[str, str]]:
         """The models and versions that something was counted for."""
@@ -225,3 +271,15 @@ def _status(error: BaseException, deadline: Deadline) -> str:
     if isinstance(error, asyncio.CancelledError):  # the caller has left, or the transport has seen its time pass
         return DeadlineExceeded.status.name if deadline.expired else "CANCELLED"
     return (error.status if isinstance(error, HedgerowError) else HedgerowError.status).name
+
+
+def _duration(total: Total) -> oip_pb2.StatisticDuration:
+    return oip_pb2.StatisticDuration(count=total.count, ns=total.ns)
+
+
+def _durations(compute: Compute) -> dict[str, oip_pb2.StatisticDuration]:
+    return {
+        "compute_input": _duration(compute.input),
+        "compute_infer": _duration(compute.infer),
+        "compute_output": _duration(compute.output),
+    }

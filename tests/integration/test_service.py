@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, Self
 
 import grpc
@@ -14,6 +15,7 @@ import pytest
 import tritonclient.grpc.aio as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
+from simulators import models
 from tritonclient.utils import InferenceServerException
 
 from hedgerow import transports
@@ -21,6 +23,7 @@ from hedgerow.backend import Deadline
 from hedgerow.config import ServerSettings
 from hedgerow.errors import ConfigError
 from hedgerow.function import FunctionBackend, FunctionModel
+from hedgerow.host import HostSettings, ModelFile, ModelHost
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
 from hedgerow.service import STREAM_CONCURRENCY, Server
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, TensorSpec, request_to_proto, tensor
@@ -386,3 +389,33 @@ async def test_a_port_that_is_taken_is_a_wrong_setting_not_a_shared_one() -> Non
         second = Server(FunctionBackend(), settings(port=server.port))
         with pytest.raises(ConfigError, match=rf"cannot listen on 127\.0\.0\.1:{server.port}"):
             await second.start()
+
+
+async def test_managing_models_takes_the_token_where_there_is_one() -> None:
+    backend = FunctionBackend(model("count", count))
+    async with (
+        Server(backend, settings(control_token="s3cret"), control=backend) as server,
+        Connection(server) as to,
+    ):
+        index = oip_pb2.RepositoryIndexRequest()
+        for brought in ((), (("authorization", "Bearer other"),), (("authorization", "s3cret"),)):
+            error = await refused(to.oip.RepositoryIndex(index, metadata=brought))
+            assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+            assert "s3cret" not in str(error.details())
+        allowed = await to.oip.RepositoryIndex(index, metadata=(("authorization", "Bearer s3cret"),))
+        assert [listed.name for listed in allowed.models] == ["count"]
+
+
+async def test_statistics_tell_of_batches_and_not_only_of_requests(tmp_path: Path) -> None:
+    host = ModelHost(HostSettings(workers=1))
+    await host.load_file(ModelFile("digits", "1", models.classifier(tmp_path / "1.onnx")))
+    async with Server(host, settings(), batches=host.counts) as server, Connection(server) as to:
+        message = request_to_proto(models.request(models.pixels(3, 5)))
+        await asyncio.gather(*(to.oip.ModelInfer(message) for _ in range(8)))
+        answer = await to.oip.ModelStatistics(oip_pb2.ModelStatisticsRequest(name="digits"))
+    await host.close()
+    (said,) = answer.model_stats
+    assert (said.inference_stats.success.count, said.inference_count) == (8, 16)
+    assert sum(batch.compute_infer.count for batch in said.batch_stats) == said.execution_count
+    assert sum(batch.batch_size * batch.compute_infer.count for batch in said.batch_stats) == 16
+    assert said.inference_stats.queue.count == 8
