@@ -37,6 +37,7 @@ from hedgerow.router import Route, Router, RouteSettings
 from hedgerow.service import Server
 from hedgerow.telemetry import configure_logging
 from hedgerow_edge.exchange import Exchange
+from hedgerow_edge.front import Front
 from hedgerow_edge.installer import Installer
 from hedgerow_edge.metrics import DeviceMetrics
 from hedgerow_edge.pointers import follow
@@ -96,11 +97,11 @@ async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> Non
 
             tracing = Tracing(settings.tracing, instance=device)
             stack.push_async_callback(tracing.close)
-        router = Router({}, name="hedgerow-edge")
+        router, front = Router({}, name="hedgerow-edge"), Front(settings, host)
         presence = Presence(store, Topics(settings.device.fleet), device, profile.name)
 
         def admit(model: str) -> None:
-            router.add_route(_route(model, settings.routes.get(model), host, cloud, tracing))
+            router.add_route(_route(model, settings.routes.get(model), front.edge, cloud, tracing))
 
         installer = Installer(
             store,
@@ -118,8 +119,9 @@ async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> Non
             await _load(model, static, base, host, router)
         await installer.recover(settings.models)
 
+        served = front.before(router)
         server = Server(
-            router if tracing is None else tracing.around(router, "route"),
+            served if tracing is None else tracing.around(served, "route"),
             settings.server,
             control=host if settings.server.model_control else None,
             name="hedgerow-edge",
@@ -144,7 +146,7 @@ async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> Non
         await stack.enter_async_context(server)
         _say_address(store.folder, server.address)
         if roots is None:
-            await stop.wait()
+            await lifecycle.supervise(stop, front=front.run())
             return
 
         link = Link(settings.link, f"hedgerow-{device}", will=presence.will)
@@ -168,6 +170,7 @@ async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> Non
                     presence=presence.run(),
                     collector=collector.run(),
                     uploader=uploader.run(),
+                    front=front.run(),
                 )
             finally:
                 await installer.stop()

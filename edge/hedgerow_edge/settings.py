@@ -29,13 +29,17 @@ from typing import Annotated
 
 import msgspec
 
+from hedgerow.cache import CacheSettings
 from hedgerow.config import BrokerSettings, ServerSettings, Settings, variable
 from hedgerow.diagnostics import MetricsSettings
 from hedgerow.errors import ConfigError
 from hedgerow.gate import Gate
 from hedgerow.host import HostSettings
+from hedgerow.quotas import TenantsSettings
 from hedgerow.remote import RemoteSettings, Target
 from hedgerow.router import RouteSettings
+from hedgerow.shadow import ShadowSettings
+from hedgerow.split import SplitSettings
 from hedgerow.telemetry import LogSettings, TracingSettings
 from hedgerow_edge.installer import UpdateSettings
 from hedgerow_edge.samples import SampleSettings
@@ -104,6 +108,14 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
     routes: dict[Name, RouteSettings] = msgspec.field(default_factory=dict)
     """By model; a model without an entry travels by the defaults."""
     models: dict[Name, StaticModel] = msgspec.field(default_factory=dict)
+    splits: dict[Name, SplitSettings] = msgspec.field(default_factory=dict)
+    """By the model that callers name."""
+    shadows: dict[Name, ShadowSettings] = msgspec.field(default_factory=dict)
+    """By the model on the device whose requests are shown to another one."""
+    tenants: TenantsSettings | None = None
+    """Unset: no quotas."""
+    cache: CacheSettings = CacheSettings()
+    """Of answers on the device."""
     samples: SampleSettings = SampleSettings()
     updates: UpdateSettings = UpdateSettings()
     log: LogSettings = LogSettings()

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from hedgerow.backend import Backend, Deadline, ModelState, Snapshot
 from hedgerow.config import Count, Settings
 from hedgerow.errors import DeadlineExceeded, Forbidden, HedgerowError, Overloaded
+from hedgerow.router import DEGRADED
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Tensor
 
 KEY_BYTES = 32
@@ -43,7 +44,6 @@ NEUTRAL = frozenset({"id", "priority", "timeout"})
 """Parameters that change nothing in an answer."""
 OURS = "hedgerow_"
 """How the parameters begin that Hedgerow says to itself."""
-DEGRADED = "hedgerow_degraded"
 _LENGTH = struct.Struct("<Q")  # before each BYTES element
 
 V = TypeVar("V")
@@ -265,9 +265,8 @@ def _copy(response: InferResponse, request_id: str) -> InferResponse:
 
 def _frozen(response: InferResponse) -> InferResponse:
     """`response` with arrays of its own: a backend's may be parts of a batch, or written to again."""
-    return replace(
-        response, outputs=tuple(Tensor(one.name, one.datatype, _read_only(one.array)) for one in response.outputs)
-    )
+    outputs = tuple(Tensor(one.name, one.datatype, _read_only(one.array)) for one in response.outputs)
+    return replace(response, outputs=outputs, run=None, first=0)
 
 
 def _read_only(array: NDArray[Any]) -> NDArray[Any]:

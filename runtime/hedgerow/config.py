@@ -44,6 +44,8 @@ class ServerSettings(Settings, frozen=True, kw_only=True):
     max_calls: Count = 2048
     """Calls at once of any kind: requests, idle streams, health and its watchers. More are refused. Far enough above
     `max_inflight` that requests meet that first, which says when to come back."""
+    compatibility: Literal["", "triton"] = ""
+    """Whose name and error texts clients are given that hold them against what they know."""
     model_control: bool = False
     """Whether callers may list, load and unload models."""
     control_token: str = ""

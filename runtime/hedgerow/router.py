@@ -48,6 +48,13 @@ DEGRADED: Final = "hedgerow_degraded"
 """In an answer: whether it is second best."""
 PRIVACY: Final = "hedgerow_privacy"
 """In a request: a value of `Privacy`."""
+STICKY: Final = "hedgerow_sticky"
+"""In a request: a text; requests that bring the same one go to the same target of a split while the weights stand. Says
+nothing where nothing is split."""
+SPLIT: Final = "hedgerow_split"
+"""In an answer: the name of the target that gave it, where there was a choice."""
+SPLIT_REASON: Final = "hedgerow_split_reason"
+"""In an answer: which target was passed over for that one, and why; absent if none was."""
 PREFIX: Final = "hedgerow"
 """How our parameters begin, well spelt or not."""
 
@@ -394,8 +401,8 @@ def _status(error: HedgerowError) -> str:
 def _privacy(request: InferRequest) -> Privacy:
     """What the request allows; what is not known here is refused, be it name or value: it may forbid anything."""
     for name in request.parameters:
-        if name != PRIVACY and name.casefold().startswith(PREFIX):
-            raise InvalidInput(f"there is no parameter {name!r}; requests may have {PRIVACY!r}")
+        if name not in {PRIVACY, STICKY} and name.casefold().startswith(PREFIX):
+            raise InvalidInput(f"there is no parameter {name!r}; requests may have {PRIVACY!r} and {STICKY!r}")
     value = request.parameters.get(PRIVACY, "")
     if value not in tuple(Privacy):
         known = ", ".join(repr(privacy.value) for privacy in Privacy)
@@ -465,7 +472,9 @@ def _settle(journey: _Journey) -> InferResponse:
 
 def _explained(journey: _Journey, answer: InferResponse, tier: Tier, *, degraded: bool = False) -> InferResponse:
     parameters: dict[str, Parameter] = {
-        key: value for key, value in answer.parameters.items() if not key.startswith(PREFIX)
+        key: value
+        for key, value in answer.parameters.items()
+        if not key.startswith(PREFIX) or key in {SPLIT, SPLIT_REASON}
     }
     if answer.parameters.get(DEGRADED) is True:  # by a router behind us, whose second best does not get better here
         degraded = True

@@ -18,7 +18,15 @@ from typing import Final, Self
 from hedgerow import __version__, transports
 from hedgerow.backend import Backend, Deadline, ModelControl
 from hedgerow.config import ServerSettings
-from hedgerow.errors import DeadlineExceeded, Forbidden, InvalidInput, ModelNotReady, Overloaded, Unsupported
+from hedgerow.errors import (
+    DeadlineExceeded,
+    Forbidden,
+    InvalidInput,
+    ModelNotFound,
+    ModelNotReady,
+    Overloaded,
+    Unsupported,
+)
 from hedgerow.health import Health, reflection_methods
 from hedgerow.lifecycle import InFlight
 from hedgerow.proto import oip_pb2
@@ -54,6 +62,8 @@ FLUSH_S = 1.0
 
 FINAL_ASKED: Final = "triton_enable_empty_final_response"
 FINAL: Final = "triton_final_response"
+STATUS: Final = "hedgerow_status"
+"""Parameter of a streamed error: the name of its gRPC status, for which the protocol has no place in a stream."""
 DECOUPLED: Final = "decoupled"
 """Property of a model that gives any number of answers to a request."""
 _ORIGIN: Final = frozenset({HOPS_KEY, TENANT_KEY, "traceparent", "tracestate"})
@@ -129,11 +139,12 @@ class OipService:
         extensions = ["classification", "model_configuration", "parameters", "statistics"]
         if self._control is not None:
             extensions.append("model_repository")
-        return oip_pb2.ServerMetadataResponse(name=self._name, version=__version__, extensions=extensions)
+        name = self._settings.compatibility or self._name
+        return oip_pb2.ServerMetadataResponse(name=name, version=__version__, extensions=extensions)
 
     async def model_metadata(self, request: oip_pb2.ModelMetadataRequest, _: Call) -> oip_pb2.ModelMetadataResponse:
         """A model's interface."""
-        return metadata_to_proto(await self._backend.metadata(request.name, request.version))
+        return metadata_to_proto(await self._interface(request.name, request.version))
 
     async def model_infer(self, raw: bytes, call: Call) -> bytes:
         """One answer to one request. From bytes to bytes, because large tensors are not parsed."""
@@ -144,7 +155,7 @@ class OipService:
             REQUEST.set(request)
             deadline, timeout = self._deadline(request, call)
             async with timeout:
-                metadata = await self._metadata(request)
+                metadata = await self._interface(request.model, request.version)
                 watch.asks(metadata)
                 check_request(request, metadata)
                 started = time.perf_counter_ns()
@@ -171,7 +182,7 @@ class OipService:
 
     async def model_config(self, request: oip_pb2.ModelConfigRequest, _: Call) -> oip_pb2.ModelConfigResponse:
         """The model's interface in the form of Triton's configuration."""
-        metadata = await self._backend.metadata(request.name, request.version)
+        metadata = await self._interface(request.name, request.version)
         return oip_pb2.ModelConfigResponse(config=config_to_proto(metadata))
 
     async def model_statistics(
@@ -179,7 +190,7 @@ class OipService:
     ) -> oip_pb2.ModelStatisticsResponse:
         """What was counted of one model, or of all."""
         if request.name:
-            metadata = await self._backend.metadata(request.name, request.version)
+            metadata = await self._interface(request.name, request.version)
             served = {(request.name, version) for version in metadata.versions or ("",)}
         else:
             served = {(state.name, state.version) for state in await self._backend.models()}
@@ -251,12 +262,17 @@ class OipService:
             )
         return self.inflight
 
-    async def _metadata(self, request: InferRequest) -> ModelMetadata:
-        """The interface to check `request` against, asked each time because releases are swapped live.
+    async def _interface(self, model: str, version: str) -> ModelMetadata:
+        """What to check requests against, asked each time because releases are swapped live.
 
         A backend that may swap between this answer and the inference checks again against what it runs.
         """
-        return await self._backend.metadata(request.model, request.version)
+        try:
+            return await self._backend.metadata(model, version)
+        except ModelNotFound as error:
+            if self._settings.compatibility == "triton":
+                raise ModelNotFound(f"Request for unknown model: {error}") from error
+            raise
 
     def _deadline(self, request: InferRequest, call: Call) -> tuple[Deadline, AbstractAsyncContextManager[object]]:
         """Until when `request` may take, and what holds it to that where the transport does not."""
@@ -282,12 +298,10 @@ class OipService:
                 async with timeout:
                     await self._stream(message, request, deadline, answers, watch)
         except Exception as unknown:  # noqa: BLE001 (one request's fault must not end the stream; `public` logs it)
-            await answers.put(
-                oip_pb2.ModelStreamInferResponse(
-                    error_message=details(public(unknown, "ModelStreamInfer")),
-                    infer_response=oip_pb2.ModelInferResponse(id=identity),
-                )
-            )
+            error = public(unknown, "ModelStreamInfer")
+            failed = oip_pb2.ModelInferResponse(id=identity)
+            failed.parameters[STATUS].string_param = error.status.name
+            await answers.put(oip_pb2.ModelStreamInferResponse(error_message=details(error), infer_response=failed))
         await answers.put(None)
 
     async def _stream(
@@ -298,7 +312,7 @@ class OipService:
         answers: _Queue,
         watch: Stopwatch,
     ) -> None:
-        metadata = await self._metadata(request)
+        metadata = await self._interface(request.model, request.version)
         watch.asks(metadata)
         # Who asks to be told of the last answer is: by an empty one after those of a model that gives any number.
         tell = request.parameters.get(FINAL_ASKED) is True

@@ -174,8 +174,13 @@ class Statistics:
             execution_count=success.count,
             inference_stats=oip_pb2.InferStatistics(success=success, fail=_duration(counts.fail)),
         )
-        if batches is None:
-            statistics.inference_stats.compute_infer.CopyFrom(_duration(counts.infer))
+        if batches is None:  # every part has happened as often: perf_analyzer holds the counts against each other
+            none = oip_pb2.StatisticDuration(count=counts.infer.count)
+            statistics.inference_stats.MergeFrom(
+                oip_pb2.InferStatistics(
+                    queue=none, compute_input=none, compute_infer=_duration(counts.infer), compute_output=none
+                )
+            )
             return statistics
         statistics.inference_count = batches.rows
         statistics.execution_count = sum(run.infer.count for run in batches.executions.values())

@@ -482,7 +482,7 @@ def _tensors_from_proto(
         count = _elements(where, shape, fault)
         if not raws:
             flat = _from_contents(where, message, count, fault)
-        elif message.HasField("contents"):
+        elif message.HasField("contents") and message.contents.ByteSize():  # MLServer sends an empty one
             raise fault(f"{where}: expected raw or typed contents, got both")
         elif datatype == "BYTES":
             flat = _from_raw_bytes(where, raws[index], count, fault)

@@ -18,7 +18,7 @@ from simulators.responder import DEVICE, Responder
 
 from hedgerow.client import AsyncClient
 from hedgerow.config import ServerSettings
-from hedgerow.errors import HedgerowError
+from hedgerow.errors import HedgerowError, Overloaded
 from hedgerow.host import ModelFile, ModelHost
 from hedgerow.proto import link_pb2, oip_pb2
 from hedgerow.release import Limits
@@ -243,6 +243,36 @@ async def test_model_files_of_ones_own_are_served_to_stock_clients_without_any_f
         assert parameters["hedgerow_confidence"].double_param > 0.99
         assert not parameters["hedgerow_degraded"].bool_param
         assert await agent.stop() == 0
+
+
+async def test_split_shadow_cache_and_quotas_are_there_when_the_settings_say_so(tmp_path: Path) -> None:
+    for name, shift in (("old", 0), ("new", 1)):
+        models.classifier(tmp_path / f"{name}.onnx", sure=responder.SURE, shift=shift)
+    agent = Agent(
+        tmp_path,
+        {
+            "models": {name: {"path": f"{name}.onnx", "gate": {"threshold": 0.1}} for name in ("old", "new")},
+            "splits": {"digits": {"targets": {"stable": {"model": "old"}, "candidate": {"model": "new"}}}},
+            "shadows": {"old": {"model": "new", "share": 1.0}},
+            "cache": {"models": ["old", "new"]},
+            "tenants": {"others": {"requests_per_s": 0.001, "burst_requests": 40}},
+        },
+    )
+    answers = {"stable": 3, "candidate": 4}
+    async with agents.running(agent), AsyncClient(agent.address, attempts=1) as client:
+        seen = set()
+        for key in range(20):
+            first, again = [
+                await client.infer("digits", models.pixels(3), parameters={"hedgerow_sticky": f"user-{key}"})
+                for _ in range(2)
+            ]
+            target = str(first.parameters["hedgerow_split"])
+            assert target == again.parameters["hedgerow_split"]
+            assert first.outputs["logits"].argmax() == again.outputs["logits"].argmax() == answers[target]
+            seen.add(target)
+        assert seen == set(answers)
+        with pytest.raises(Overloaded):
+            await client.infer("digits", models.pixels(3))
 
 
 async def test_a_model_of_ones_own_is_not_replaced_by_a_release_and_the_fleet_is_told(tmp_path: Path) -> None:

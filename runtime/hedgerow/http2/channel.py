@@ -291,8 +291,7 @@ class _Connection(Connection[_Stream, _Pairs], asyncio.Protocol):
         if not self.settled.done():
             self.settled.set_exception(ConnectionError(CANNOT_CONNECT))
             self.settled.exception()
-        for stream in tuple(self.streams.values()):
-            self._drop(stream)
+        self.abandon()
         self._make_room()
 
     def pause_writing(self) -> None:

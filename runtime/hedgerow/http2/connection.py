@@ -413,6 +413,17 @@ class Connection(Generic[S, H]):
         self._out.append(frame)
         self._wake()
 
+    def abandon(self) -> None:
+        """The bytes' way is gone: every stream ends here, and nothing is kept for it.
+
+        The connection refers to itself through what it was given, so it would stay until the collector comes by.
+        """
+        for stream in tuple(self.streams.values()):
+            self._drop(stream)
+        self._data_stream = self._block = None
+        self._buffer = b""
+        self._out.clear()
+
     # What goes.
 
     @property

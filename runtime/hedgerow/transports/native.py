@@ -8,6 +8,7 @@ its task, its answer until the caller has read it. Callers that stop reading, se
 """
 
 import asyncio
+import contextlib
 import math
 import re
 import ssl
@@ -35,8 +36,10 @@ from hedgerow.http2.headers import header_block
 from hedgerow.lifecycle import InFlight
 from hedgerow.rpc import Method, Methods
 
-MAX_STREAMS = 2048
-"""Calls at once on one connection; more wait at the client, as HTTP/2 has it."""
+MAX_STREAMS = 512
+"""Calls at once on one connection; more wait at the client, as HTTP/2 has it, so that none can hold all calls."""
+GOODBYE_S = 1.0
+"""How long clients may take to hang up once they were told goodbye and have all their answers."""
 MAX_UNSENT_BYTES = 2**20
 """Of a stream of answers that the caller has not read; the next answer waits."""
 HANDSHAKE_S = 20.0
@@ -75,6 +78,7 @@ class NativeListener:
         self.buffered = 0
         """Bytes of messages that are not all there."""
         self.connections: set[_Connection] = set()
+        self._left = asyncio.Event()
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
@@ -90,6 +94,19 @@ class NativeListener:
         )
         self.port = self._server.sockets[0].getsockname()[1]
 
+    def forget(self, connection: "_Connection") -> None:
+        """That one has ended."""
+        self.connections.discard(connection)
+        self._left.set()
+
+    async def _alone(self, timeout_s: float) -> None:
+        """Wait until no connection is left, at most `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.connections:
+                    self._left.clear()
+                    await self._left.wait()
+
     async def stop(self, grace_s: float) -> None:
         """See `Listener`."""
         server, self._server = self._server, None
@@ -98,9 +115,16 @@ class NativeListener:
         server.close()
         for connection in tuple(self.connections):
             connection.say_goodbye()
-        await self.calls.idle(grace_s)
+        deadline = Deadline.after(grace_s)
+        if await self.calls.idle(grace_s):
+            await self._alone(
+                min(GOODBYE_S, deadline.remaining)
+            )  # who hangs up first loses nothing that it still sends
         for connection in tuple(self.connections):
             connection.close()
+        await self._alone(GOODBYE_S)  # over TLS the goodbye takes a while
+        for connection in tuple(self.connections):
+            connection.abort()
         await server.wait_closed()
 
 
@@ -227,11 +251,10 @@ class _Connection(Connection[_Stream, _Head], asyncio.Protocol):
     def connection_lost(self, _: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         self._transport = None
-        self._listener.connections.discard(self)
+        self._listener.forget(self)
         if self._timer is not None:
             self._timer.cancel()
-        for stream in tuple(self.streams.values()):
-            self._drop(stream)
+        self.abandon()
 
     def pause_writing(self) -> None:
         """See `asyncio.Protocol`."""
@@ -251,6 +274,11 @@ class _Connection(Connection[_Stream, _Head], asyncio.Protocol):
             self._transport.close()
             if self._paused:  # nobody reads
                 self._transport.abort()
+
+    def abort(self) -> None:
+        """Let go of the connection with no more words."""
+        if self._transport is not None:
+            self._transport.abort()
 
     def _wake_up(self) -> None:
         if not self._flushing and not self._paused:

@@ -1,0 +1,52 @@
+"""What stands around the router: quotas and splits before it, shadows and the cache between it and the host.
+
+::
+
+    Server ── Quotas ── Split ── Router ── Shadow ── CachedBackend ── ModelHost
+
+A split is before the router, so that each release keeps its own gate and guarantee; a shadow is behind it, so that
+students are held against students. What the settings do not ask for is not there.
+"""
+
+import asyncio
+
+from hedgerow.backend import Backend
+from hedgerow.cache import CachedBackend
+from hedgerow.quotas import Quotas
+from hedgerow.router import Router
+from hedgerow.shadow import Mirror, Shadow
+from hedgerow.split import Split
+from hedgerow_edge.settings import AgentSettings
+
+
+class Front:
+    """Built in two steps, because the router comes between them: `edge` is for its routes, `before` for the server."""
+
+    def __init__(self, settings: AgentSettings, host: Backend) -> None:
+        self._settings = settings
+        self.edge = host
+        """What answers on the device."""
+        self._shadow: Shadow | None = None
+        self._split: Split | None = None
+        if settings.cache.models:
+            self.edge = CachedBackend(self.edge, settings.cache)
+        if settings.shadows:
+            mirrors = {model: Mirror(host, one, local=True) for model, one in settings.shadows.items()}
+            self.edge = self._shadow = Shadow(self.edge, mirrors)
+
+    def before(self, router: Router) -> Backend:
+        """What the server serves."""
+        front: Backend = router
+        if self._settings.splits:
+            splits = {model: one.over(router, local=True) for model, one in self._settings.splits.items()}
+            front = self._split = Split(router, splits)
+        if self._settings.tenants is not None:
+            front = Quotas(front, self._settings.tenants)
+        return front
+
+    async def run(self) -> None:
+        """Watch the splits and feed the shadows until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for part in (self._split, self._shadow):
+                if part is not None:
+                    group.create_task(part.run())
