@@ -14,8 +14,9 @@ from simulators import models
 
 from hedgerow.backend import Deadline
 from hedgerow.client import Client
-from hedgerow.config import environment
+from hedgerow.config import environment, load
 from hedgerow_cloud.local.broker import free_port
+from hedgerow_edge.settings import AgentSettings
 
 README = Path(__file__).parents[2] / "README.md"
 CLOUD, EDGE = "127.0.0.1:8003", "127.0.0.1:8001"
@@ -90,3 +91,12 @@ def test_two_onnx_files_and_two_settings_files_are_enough(
 
             exec(compile(python.replace(EDGE, addresses[EDGE]), "README.md", "exec"), {})
             assert capsys.readouterr().out.startswith(f"{answer} {tier} ")
+
+
+def test_the_settings_shown_are_settings(folder: Path) -> None:
+    shown = load(AgentSettings, folder / "more.toml", {})
+    assert shown.host.batching.max_batch_size == 32
+    assert shown.host.isolation["digits"].run_timeout_s == 5
+    assert [target.weight for target in shown.splits["shown"].targets.values()] == [9, 1]
+    assert shown.tenants is not None
+    assert shown.tenants.each.requests_per_s == 50
