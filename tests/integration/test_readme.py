@@ -75,7 +75,8 @@ def test_two_onnx_files_and_two_settings_files_are_enough(
     sure, unsure = np.zeros((2, 1, models.FEATURES), np.float32)
     sure[0, 3] = 1.0
     unsure[0, [3, 4]] = 1.0, 0.9
-    serve, edge, infer = (line.removeprefix("$ ") for line in blocks("console")[-1].splitlines())
+    two_files = next(block for block in blocks("console") if block.startswith("$ hedgerow-cloud serve"))
+    serve, edge, infer = (line.removeprefix("$ ") for line in two_files.splitlines())
     (python,) = blocks("python")
     monkeypatch.chdir(folder)
 
