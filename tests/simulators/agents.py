@@ -16,7 +16,7 @@ from simulators.responder import DEVICE, FLEET
 from hedgerow.config import environment
 
 EXECUTABLE = str(Path(sysconfig.get_path("scripts"), "hedgerow-edge"))
-START_S = 30.0
+START_S = 90.0
 STOP_S = 15.0
 
 

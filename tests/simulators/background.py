@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import TypeVar
 
-START_S = 30.0
+START_S = 90.0
 STOP_S = 30.0
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from hedgerow.tensors import ModelMetadata, TensorSpec
 MODEL = "digits-large"
 SHARPNESS = 20.0
 """The winning logit: the cloud is always sure."""
-START_S = 30.0
+START_S = 90.0
 
 
 class Cloud:
