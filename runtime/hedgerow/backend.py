@@ -106,6 +106,46 @@ class Backend(Protocol):
         ...
 
 
+class Around:
+    """A `Backend` that is another one, but for what a subclass does otherwise with requests."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    @property
+    def name(self) -> str:
+        """See `Backend`."""
+        return self._backend.name
+
+    async def models(self) -> Sequence[ModelState]:
+        """See `Backend`."""
+        return await self._backend.models()
+
+    async def ready(self, model: str, version: str = "") -> bool:
+        """See `Backend`."""
+        return await self._backend.ready(model, version)
+
+    async def metadata(self, model: str, version: str = "") -> ModelMetadata:
+        """See `Backend`."""
+        return await self._backend.metadata(model, version)
+
+    async def infer(self, request: InferRequest, deadline: Deadline) -> InferResponse:
+        """See `Backend`."""
+        return await self._backend.infer(request, deadline)
+
+    def stream(self, request: InferRequest, deadline: Deadline) -> AsyncIterator[InferResponse]:
+        """See `Backend`."""
+        return self._backend.stream(request, deadline)
+
+    def snapshot(self, model: str) -> Snapshot:
+        """See `Backend`."""
+        return self._backend.snapshot(model)
+
+    async def close(self) -> None:
+        """See `Backend`."""
+        await self._backend.close()
+
+
 class ModelControl(Protocol):
     """Loading and unloading by name, for the backends that allow it (OIP's repository extension)."""
 

@@ -21,14 +21,14 @@ import hashlib
 import math
 import struct
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 from numpy.typing import NDArray
 
-from hedgerow.backend import Backend, Deadline, ModelState, Snapshot
+from hedgerow.backend import Around, Backend, Deadline
 from hedgerow.config import Count, Settings
 from hedgerow.errors import DeadlineExceeded, Forbidden, HedgerowError, Overloaded
 from hedgerow.router import DEGRADED
@@ -127,33 +127,16 @@ class _Nothing(enum.Enum):
 _Flight = asyncio.Future[InferResponse | HedgerowError | _Nothing]
 
 
-class CachedBackend:
+class CachedBackend(Around):
     """`backend` with a memory. Belongs to one event loop."""
 
     def __init__(self, backend: Backend, settings: CacheSettings) -> None:
-        self._backend = backend
+        super().__init__(backend)
         self._settings = settings
         self._flights: dict[bytes, _Flight] = {}
         self.counts = {model: CacheCounts() for model in settings.models}
         """By model."""
         self.kept: Kept[InferResponse] = Kept(settings.max_bytes, settings.ttl_s or math.inf)
-
-    @property
-    def name(self) -> str:
-        """See `Backend`."""
-        return self._backend.name
-
-    async def models(self) -> Sequence[ModelState]:
-        """See `Backend`."""
-        return await self._backend.models()
-
-    async def ready(self, model: str, version: str = "") -> bool:
-        """See `Backend`."""
-        return await self._backend.ready(model, version)
-
-    async def metadata(self, model: str, version: str = "") -> ModelMetadata:
-        """See `Backend`."""
-        return await self._backend.metadata(model, version)
 
     async def infer(self, request: InferRequest, deadline: Deadline) -> InferResponse:
         """See `Backend`: the answer that was kept, or that is being computed, or a new one."""
@@ -187,14 +170,6 @@ class CachedBackend:
     def stream(self, request: InferRequest, deadline: Deadline) -> AsyncIterator[InferResponse]:
         """See `Backend`; nothing is looked up."""
         return self._backend.stream(request, deadline)
-
-    def snapshot(self, model: str) -> Snapshot:
-        """See `Backend`."""
-        return self._backend.snapshot(model)
-
-    async def close(self) -> None:
-        """See `Backend`."""
-        await self._backend.close()
 
     async def _compute(self, key: bytes, request: InferRequest, deadline: Deadline) -> InferResponse:
         """The backend's answer, for all who wait for it."""

@@ -10,18 +10,18 @@ What is over a quota is refused at once, never queued, and told when to come aga
 import collections
 import math
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Final
 
 import msgspec
 
-from hedgerow.backend import Backend, Deadline, ModelState, Snapshot
+from hedgerow.backend import Around, Backend, Deadline
 from hedgerow.buckets import Allowance, Quota
 from hedgerow.config import Count, Settings
 from hedgerow.errors import HedgerowError, InvalidInput, Overloaded
-from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata
+from hedgerow.tensors import InferRequest, InferResponse
 from hedgerow.traffic import payload_bytes
 
 OTHERS: Final = ""
@@ -81,11 +81,11 @@ class QuotaCounts:
     refused: int = 0
 
 
-class Quotas:
+class Quotas(Around):
     """`backend` for those who keep to their quotas. Belongs to one event loop."""
 
     def __init__(self, backend: Backend, settings: TenantsSettings) -> None:
-        self._backend = backend
+        super().__init__(backend)
         self._settings = settings
         now = time.monotonic()
         self._named = {name: Allowance(one.quota, now) for name, one in settings.named.items()}
@@ -93,11 +93,6 @@ class Quotas:
         self._each: collections.OrderedDict[str, Allowance] = collections.OrderedDict()
         self.counts = {name: QuotaCounts() for name in (*settings.named, OTHERS)}
         """By tenant, `OTHERS` among them."""
-
-    @property
-    def name(self) -> str:
-        """See `Backend`."""
-        return self._backend.name
 
     @property
     def tracked(self) -> int:
@@ -116,18 +111,6 @@ class Quotas:
             allowance.change(settings.each.quota, now)
         self.counts = {name: self.counts.get(name) or QuotaCounts() for name in (*settings.named, OTHERS)}
 
-    async def models(self) -> Sequence[ModelState]:
-        """See `Backend`."""
-        return await self._backend.models()
-
-    async def ready(self, model: str, version: str = "") -> bool:
-        """See `Backend`."""
-        return await self._backend.ready(model, version)
-
-    async def metadata(self, model: str, version: str = "") -> ModelMetadata:
-        """See `Backend`."""
-        return await self._backend.metadata(model, version)
-
     async def infer(self, request: InferRequest, deadline: Deadline) -> InferResponse:
         """See `Backend`; raises `Overloaded` for what is over the quota."""
         with self._admitted(request):
@@ -138,14 +121,6 @@ class Quotas:
         with self._admitted(request):
             async for response in self._backend.stream(request, deadline):
                 yield response
-
-    def snapshot(self, model: str) -> Snapshot:
-        """See `Backend`."""
-        return self._backend.snapshot(model)
-
-    async def close(self) -> None:
-        """See `Backend`."""
-        await self._backend.close()
 
     @contextmanager
     def _admitted(self, request: InferRequest) -> Iterator[None]:

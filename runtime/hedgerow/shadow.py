@@ -13,20 +13,20 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import msgspec
 
 from hedgerow.agreement import ByValue, Compare, Comparison
-from hedgerow.backend import Backend, Deadline, ModelState, Snapshot
+from hedgerow.backend import Around, Backend, Deadline
 from hedgerow.config import Count, Seconds, Settings, Share
 from hedgerow.errors import DeadlineExceeded, HedgerowError
 from hedgerow.latency import LatencyWindow
 from hedgerow.policies import Privacy
 from hedgerow.rendezvous import Points
-from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Origin, Tensor
+from hedgerow.tensors import InferRequest, InferResponse, Origin, Tensor
 from hedgerow.traffic import payload_bytes, privacy
 
 INLINE_BYTES = 64 * 1024
@@ -172,39 +172,22 @@ class Mirror:
         return await asyncio.to_thread(self._compare, copy.answer, answer)
 
 
-class Shadow:
+class Shadow(Around):
     """`backend`, with the requests for some models shadowed. Closing it closes all backends.
 
     Belongs to one event loop. `run` does the work; without it, copies are dropped once the queues are full.
     """
 
     def __init__(self, backend: Backend, mirrors: Mapping[str, Mirror]) -> None:
-        self._backend = backend
+        super().__init__(backend)
         self.mirrors = mirrors
         """By model."""
-
-    @property
-    def name(self) -> str:
-        """See `Backend`."""
-        return self._backend.name
 
     async def run(self) -> None:
         """Put copies to the candidates until cancelled."""
         async with asyncio.TaskGroup() as group:
             for model, mirror in self.mirrors.items():
                 group.create_task(mirror.run(), name=f"shadow-{model}")
-
-    async def models(self) -> Sequence[ModelState]:
-        """See `Backend`."""
-        return await self._backend.models()
-
-    async def ready(self, model: str, version: str = "") -> bool:
-        """See `Backend`."""
-        return await self._backend.ready(model, version)
-
-    async def metadata(self, model: str, version: str = "") -> ModelMetadata:
-        """See `Backend`."""
-        return await self._backend.metadata(model, version)
 
     async def infer(self, request: InferRequest, deadline: Deadline) -> InferResponse:
         """See `Backend`: the backend's answer, as soon as it is there."""
@@ -219,10 +202,6 @@ class Shadow:
     def stream(self, request: InferRequest, deadline: Deadline) -> AsyncIterator[InferResponse]:
         """See `Backend`; streams are not shadowed."""
         return self._backend.stream(request, deadline)
-
-    def snapshot(self, model: str) -> Snapshot:
-        """See `Backend`."""
-        return self._backend.snapshot(model)
 
     async def close(self) -> None:
         """See `Backend`."""

@@ -6,17 +6,17 @@ caller's W3C trace context, and what is sent on carries ours (`hedgerow.tensors.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
 from hedgerow import __version__
-from hedgerow.backend import Backend, Deadline, ModelState, Snapshot
+from hedgerow.backend import Around, Backend, Deadline
 from hedgerow.errors import ConfigError, HedgerowError, MissingExtra
 from hedgerow.rpc import Call, Method, Methods
 from hedgerow.telemetry import TracingSettings
-from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata
+from hedgerow.tensors import InferRequest, InferResponse
 
 try:
     from opentelemetry import trace
@@ -100,34 +100,17 @@ class Tracing:
         return _TracedMethod(**fields, path=path, tracing=self)
 
 
-class Traced:
+class Traced(Around):
     """`backend` with a span around each request, named `what` and the model. With `remote`, what it asks is a client's.
 
     The request goes on as one of this span.
     """
 
     def __init__(self, backend: Backend, tracing: Tracing, what: str, *, remote: bool = False) -> None:
-        self._backend = backend
+        super().__init__(backend)
         self._tracing = tracing
         self._what = what
         self._kind = SpanKind.CLIENT if remote else SpanKind.INTERNAL
-
-    @property
-    def name(self) -> str:
-        """See `Backend`."""
-        return self._backend.name
-
-    async def models(self) -> Sequence[ModelState]:
-        """See `Backend`."""
-        return await self._backend.models()
-
-    async def ready(self, model: str, version: str = "") -> bool:
-        """See `Backend`."""
-        return await self._backend.ready(model, version)
-
-    async def metadata(self, model: str, version: str = "") -> ModelMetadata:
-        """See `Backend`."""
-        return await self._backend.metadata(model, version)
 
     async def infer(self, request: InferRequest, deadline: Deadline) -> InferResponse:
         """See `Backend`."""
@@ -149,14 +132,6 @@ class Traced:
             finally:
                 if isinstance(answers, AsyncGenerator):  # now, not when it is collected
                     await answers.aclose()
-
-    def snapshot(self, model: str) -> Snapshot:
-        """See `Backend`."""
-        return self._backend.snapshot(model)
-
-    async def close(self) -> None:
-        """See `Backend`."""
-        await self._backend.close()
 
     @contextmanager
     def _span(self, request: InferRequest) -> Iterator[tuple[Span, InferRequest]]:

@@ -10,15 +10,16 @@ import ssl
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
 from functools import partial
-from typing import Final, cast
+from typing import Final
 
 import grpc
 
 from hedgerow import rpc
 from hedgerow.errors import DeadlineExceeded, EngineFault, HedgerowError, Overloaded, Unavailable
-from hedgerow.http2.connection import Code, Connection, ConnectionFault, Stream
+from hedgerow.http2.connection import Code, ConnectionFault, Stream
 from hedgerow.http2.grpc import MessageReader, format_timeout, frame_message, unquote
 from hedgerow.http2.headers import TABLE_BYTES, HeaderWriter
+from hedgerow.http2.sockets import SocketConnection
 
 MAX_STREAMS = 1000
 """Calls at once that we make before the server has said how many it takes."""
@@ -209,7 +210,7 @@ class _Stream(Stream):
             self.timer.cancel()
 
 
-class _Connection(Connection[_Stream, _Pairs], asyncio.Protocol):
+class _Connection(SocketConnection[_Stream, _Pairs]):
     """One connection to the server."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, channel: Channel) -> None:
@@ -221,10 +222,6 @@ class _Connection(Connection[_Stream, _Pairs], asyncio.Protocol):
         self._heads: dict[str, tuple[tuple[bytes, bytes], ...]] = {}
         self._waiting: deque[asyncio.Future[None]] = deque()
         """Calls for which the server has no room yet."""
-        self._transport: asyncio.Transport | None = None
-        self._flushing = self._paused = self._pinged = False
-        self._heard = True
-        self._timer: asyncio.TimerHandle | None = None
 
     async def open(self, path: str, request: bytes, timeout_s: float, metadata: Metadata) -> _Stream:
         """A call that is on its way."""
@@ -267,75 +264,39 @@ class _Connection(Connection[_Stream, _Pairs], asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
-        self._transport = cast("asyncio.Transport", transport)
+        super().connection_made(transport)
         self._timer = self._loop.call_later(KEEPALIVE_S, self._look)
-        self._wake_up()
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
-        self._heard = True
-        try:
-            self.feed(data)
-        except ConnectionFault:
-            self.close()
+        super().data_received(data)
         if self._settled and not self.settled.done():
             self.settled.set_result(None)
         if self.closing and not self.streams:
             self.close()
 
-    def connection_lost(self, _: Exception | None) -> None:
+    def connection_lost(self, error: Exception | None) -> None:
         """See `asyncio.Protocol`."""
-        self._transport, self.closing = None, True
-        if self._timer is not None:
-            self._timer.cancel()
+        super().connection_lost(error)
         if not self.settled.done():
             self.settled.set_exception(ConnectionError(CANNOT_CONNECT))
             self.settled.exception()
-        self.abandon()
         self._make_room()
-
-    def pause_writing(self) -> None:
-        """See `asyncio.Protocol`."""
-        self._paused = True
-
-    def resume_writing(self) -> None:
-        """See `asyncio.Protocol`."""
-        self._paused = False
-        self._wake_up()
 
     def close(self) -> None:
         """Hang up."""
-        if self._transport is not None:
-            if not self.closing:
-                self.say_goodbye()
-            self._flush()
-            self._transport.close()
-            if self._paused:
-                self._transport.abort()
+        if self._transport is not None and not self.closing:
+            self.say_goodbye()
+        super().close()
         self.closing = True
         for stream in tuple(self.streams.values()):
             self._drop(stream)
 
-    def _wake_up(self) -> None:
-        if not self._flushing and not self._paused:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flushing = False
-        while self._transport is not None and not self._paused and self.unsent:
-            self._transport.write(self.take())
-
     def _look(self) -> None:
         """Now and then: is the server there?"""
-        assert self._transport is not None
-        if self._pinged and not self._heard:
-            self._transport.abort()
+        if self._silent(asks=bool(self.streams)):
+            self.abort()
             return
-        self._pinged = bool(self.streams) and not self._heard
-        if self._pinged:
-            self.ping()
-        self._heard = False
         self._timer = self._loop.call_later(KEEPALIVE_S, self._look)
 
     # The calls' side.

@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, cast
+from typing import Final
 
 from hedgerow import rpc
 from hedgerow.backend import Deadline
@@ -30,9 +30,10 @@ from hedgerow.errors import (
     Unavailable,
     Unsupported,
 )
-from hedgerow.http2.connection import Code, Connection, ConnectionFault, Stream
+from hedgerow.http2.connection import Code, Stream
 from hedgerow.http2.grpc import ENCODINGS, MessageReader, frame_message, parse_timeout, quote
 from hedgerow.http2.headers import header_block
+from hedgerow.http2.sockets import SocketConnection
 from hedgerow.lifecycle import InFlight
 from hedgerow.rpc import Method, Methods
 
@@ -209,97 +210,42 @@ class _Stream(Stream):
             yield message
 
 
-class _Connection(Connection[_Stream, _Head], asyncio.Protocol):
+class _Connection(SocketConnection[_Stream, _Head]):
     """One client."""
 
     def __init__(self, listener: NativeListener, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(
-            client=False,
-            convert=partial(_read_head, listener.settings.compression),
-            max_streams=MAX_STREAMS,
-            wake=self._wake_up,
-        )
+        convert = partial(_read_head, listener.settings.compression)
+        super().__init__(client=False, convert=convert, max_streams=MAX_STREAMS, wake=self._wake_up)
         self._listener = listener
         self._loop = loop
-        self._transport: asyncio.Transport | None = None
-        self._flushing = False
-        self._paused = False
-        self._heard = False
-        self._pinged = False
-        self._timer: asyncio.TimerHandle | None = None
 
     # The socket's side.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
-        self._transport = cast("asyncio.Transport", transport)
+        super().connection_made(transport)
         if len(self._listener.connections) >= self._listener.settings.max_connections:
-            self._transport.abort()
+            self.abort()
             return
         self._listener.connections.add(self)
         self._timer = self._loop.call_later(HANDSHAKE_S, self._look)
-        self._wake_up()
 
-    def data_received(self, data: bytes) -> None:
+    def connection_lost(self, error: Exception | None) -> None:
         """See `asyncio.Protocol`."""
-        self._heard = True
-        try:
-            self.feed(data)
-        except ConnectionFault:
-            self.close()
-
-    def connection_lost(self, _: Exception | None) -> None:
-        """See `asyncio.Protocol`."""
-        self._transport = None
+        super().connection_lost(error)
         self._listener.forget(self)
-        if self._timer is not None:
-            self._timer.cancel()
-        self.abandon()
-
-    def pause_writing(self) -> None:
-        """See `asyncio.Protocol`."""
-        self._paused = True
-
-    def resume_writing(self) -> None:
-        """See `asyncio.Protocol`."""
-        self._paused = False
-        self._wake_up()
 
     def close(self) -> None:
-        """Let go of the connection: what is on its way leaves, calls end here."""
-        if self._transport is not None:
-            for stream in tuple(self.streams.values()):
-                self._refuse(stream, Unavailable("the server is shutting down", retry_after_s=RETRY_AFTER_S))
-            self._flush()
-            self._transport.close()
-            if self._paused:  # nobody reads
-                self._transport.abort()
-
-    def abort(self) -> None:
-        """Let go of the connection with no more words."""
-        if self._transport is not None:
-            self._transport.abort()
-
-    def _wake_up(self) -> None:
-        if not self._flushing and not self._paused:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flushing = False
-        while self._transport is not None and not self._paused and self.unsent:
-            self._transport.write(self.take())
+        """End what is going on here, and let go of the connection once that is said."""
+        for stream in tuple(self.streams.values()):
+            self._refuse(stream, Unavailable("the server is shutting down", retry_after_s=RETRY_AFTER_S))
+        super().close()
 
     def _look(self) -> None:
         """Now and then: is the other side there, and do its calls get on?"""
-        assert self._transport is not None
-        if not self._settled or (self._pinged and not self._heard):
-            self._transport.abort()
+        if not self._settled or self._silent(asks=True):
+            self.abort()
             return
-        self._pinged = not self._heard
-        if self._pinged:
-            self.ping()
-        self._heard = False
         for stream in tuple(self.streams.values()):
             waits_for_caller = stream.unsent or not (stream.ended or stream.method.client_streaming)
             if waits_for_caller and not stream.moved:

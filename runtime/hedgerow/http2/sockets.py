@@ -1,0 +1,81 @@
+"""A connection with a socket under it: what server and client have in common on asyncio."""
+
+import asyncio
+from typing import TypeVar, cast
+
+from hedgerow.http2.connection import Connection, ConnectionFault, Stream
+
+S = TypeVar("S", bound=Stream)
+H = TypeVar("H")
+
+
+class SocketConnection(Connection[S, H], asyncio.Protocol):
+    """Moves the bytes of a `Connection`. What is written in one turn of the loop leaves in one write.
+
+    A subclass sets `_timer` to `_look` now and then whether the other side is there.
+    """
+
+    _transport: asyncio.Transport | None = None
+    _timer: asyncio.TimerHandle | None = None
+    _flushing = _paused = _heard = _pinged = False
+    _loop: asyncio.AbstractEventLoop
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._wake_up()
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        self._heard = True
+        try:
+            self.feed(data)
+        except ConnectionFault:
+            self.close()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._transport, self.closing = None, True
+        if self._timer is not None:
+            self._timer.cancel()
+        self.abandon()
+
+    def pause_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        self._paused = False
+        self._wake_up()
+
+    def close(self) -> None:
+        """Let go of the connection once what is to be sent has left, or at once where nobody reads it."""
+        if self._transport is not None:
+            self._flush()
+            self._transport.close()
+            if self._paused:
+                self._transport.abort()
+
+    def abort(self) -> None:
+        """Let go of the connection with no more words."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _wake_up(self) -> None:
+        if not self._flushing and not self._paused:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        while self._transport is not None and not self._paused and self.unsent:
+            self._transport.write(self.take())
+
+    def _silent(self, *, asks: bool) -> bool:
+        """Whether the other side did not even answer a ping since this was asked last; it is sent one if it `asks`."""
+        silent, self._pinged = self._pinged and not self._heard, asks and not self._heard
+        self._heard = False
+        if self._pinged and not silent:
+            self.ping()
+        return silent
