@@ -25,6 +25,8 @@ from hedgerow.release import Limits
 from hedgerow.service import Server
 from hedgerow.tensors import request_from_proto, response_from_proto
 
+MARKED_S = 30
+
 
 @asynccontextmanager
 async def device(tmp_path: Path, **sections: object) -> AsyncIterator[tuple[Agent, Responder]]:
@@ -196,6 +198,9 @@ async def test_an_unreadable_database_costs_neither_the_model_nor_the_version_fl
         first, second = cloud.make(1), cloud.make(2)
         await cloud.assign(second)
         await cloud.runs(2)
+        async with asyncio.timeout(MARKED_S):  # the journal is first, and the marker is what must be there
+            while "digits/2 is confirmed" not in agent.log:  # noqa: ASYNC110 (a log has no event)
+                await asyncio.sleep(0.01)
         session = cloud.births[DEVICE].session
         await agent.kill()
         for file in agent.state.glob("state.db-*"):
