@@ -334,8 +334,5 @@ OF_GRPCIO = {
     "many mutated frames": "sooner or later one has a path that is no UTF-8, see there",
     "no message": NEVER_ENDS,
 }
-OF_NATIVE = {
-    "calls_held_open": "one connection may hold every call that the server takes (2048), and others are refused"
-}
-KNOWN: dict[str, dict[str, str]] = {"grpcio": OF_GRPCIO, "native": OF_NATIVE}
+KNOWN: dict[str, dict[str, str]] = {"grpcio": OF_GRPCIO}
 """What transports are known to get wrong, by attack or by what is wrong. `grpcio` is gRPC's own server."""
