@@ -26,11 +26,12 @@ from google.protobuf.message import DecodeError
 from hedgerow.config import Count, Seconds, Settings
 from hedgerow.errors import HedgerowError, InvalidInput, LinkError
 from hedgerow.link import Link
+from hedgerow.messages import request_to_proto, response_to_proto
 from hedgerow.policies import Privacy
 from hedgerow.proto.link_pb2 import Request, Sample, SampleUpload
 from hedgerow.proto.oip_pb2 import ModelInferRequest
 from hedgerow.router import Observation
-from hedgerow.tensors import Tensor, request_to_proto, response_to_proto
+from hedgerow.tensors import Tensor
 from hedgerow_edge.exchange import Exchange
 from hedgerow_edge.store import Outboxed, Store
 

@@ -8,8 +8,9 @@ from google.protobuf.message import Message
 
 from hedgerow.connection import parsed
 from hedgerow.errors import DeadlineExceeded, HedgerowError, NotFound, Unavailable
+from hedgerow.messages import metadata_from_proto
 from hedgerow.proto import oip_pb2
-from hedgerow.tensors import ModelMetadata, metadata_from_proto
+from hedgerow.tensors import ModelMetadata
 
 MAX_KNOWN_MODELS = 64
 """Models whose metadata is kept."""

@@ -33,21 +33,12 @@ from hedgerow.known import KnownModels
 from hedgerow.latency import LatencyWindow
 from hedgerow.lifecycle import InFlight
 from hedgerow.limits import GradientLimit
+from hedgerow.messages import request_to_bytes, response_from_bytes, response_from_proto
 from hedgerow.pool import Pool, Resolve, Targets, addresses
 from hedgerow.proto import oip_pb2
 from hedgerow.remote_settings import RemoteSettings, Target
 from hedgerow.statistics import RemoteCounts
-from hedgerow.tensors import (
-    HOPS_KEY,
-    TENANT_KEY,
-    InferRequest,
-    InferResponse,
-    ModelMetadata,
-    Origin,
-    request_to_bytes,
-    response_from_bytes,
-    response_from_proto,
-)
+from hedgerow.tensors import HOPS_KEY, TENANT_KEY, InferRequest, InferResponse, ModelMetadata, Origin
 
 __all__ = ["RemoteBackend", "RemoteSettings", "Target"]
 

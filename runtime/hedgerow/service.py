@@ -29,6 +29,15 @@ from hedgerow.errors import (
 )
 from hedgerow.health import Health, reflection_methods
 from hedgerow.lifecycle import InFlight
+from hedgerow.messages import (
+    classified,
+    config_to_proto,
+    metadata_to_proto,
+    request_from_bytes,
+    request_from_proto,
+    response_to_bytes,
+    response_to_proto,
+)
 from hedgerow.proto import oip_pb2
 from hedgerow.rpc import Call, Method, Methods, address, details, methods, parse, public, readable
 from hedgerow.statistics import BatchCounts, Statistics, Stopwatch
@@ -42,13 +51,6 @@ from hedgerow.tensors import (
     ModelMetadata,
     Origin,
     check_request,
-    classified,
-    config_to_proto,
-    metadata_to_proto,
-    request_from_bytes,
-    request_from_proto,
-    response_to_bytes,
-    response_to_proto,
 )
 
 STREAM_CONCURRENCY = 8

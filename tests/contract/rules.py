@@ -9,8 +9,8 @@ from contract.spoil import Spoil, Words
 from contract.target import WAIT_S, Target, channel, outcome
 from numpy.typing import NDArray
 
+from hedgerow.messages import response_from_proto
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
-from hedgerow.tensors import response_from_proto
 
 T = TypeVar("T", bound=Callable[..., Any])
 LEVEL = "oip_level"

@@ -20,10 +20,10 @@ from hedgerow.client import AsyncClient
 from hedgerow.config import ServerSettings
 from hedgerow.errors import HedgerowError, Overloaded
 from hedgerow.host import ModelFile, ModelHost
+from hedgerow.messages import request_from_proto, response_from_proto
 from hedgerow.proto import link_pb2, oip_pb2
 from hedgerow.release import Limits
 from hedgerow.service import Server
-from hedgerow.tensors import request_from_proto, response_from_proto
 
 MARKED_S = 30
 

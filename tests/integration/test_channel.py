@@ -19,10 +19,11 @@ from hedgerow.errors import DeadlineExceeded, EngineFault, InvalidInput, ModelNo
 from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.http2.channel import MAX_ANSWERS_AHEAD, Channel
 from hedgerow.http2.grpc import MIN_COMPRESSED_BYTES
+from hedgerow.messages import request_to_proto, response_from_proto
 from hedgerow.proto import oip_pb2
 from hedgerow.rpc import PUSHBACK_KEY
 from hedgerow.service import Server
-from hedgerow.tensors import InferRequest, ModelMetadata, TensorSpec, request_to_proto, response_from_proto, tensor
+from hedgerow.tensors import InferRequest, ModelMetadata, TensorSpec, tensor
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from hedgerow import engines, release
 from hedgerow.errors import HedgerowError, InvalidInput
+from hedgerow.messages import request_to_proto, response_to_proto
 from hedgerow.proto.link_pb2 import Sample
-from hedgerow.tensors import InferRequest, InferResponse, request_to_proto, response_to_proto, tensor
+from hedgerow.tensors import InferRequest, InferResponse, tensor
 from hedgerow_cloud.cluster import local_ray
 from hedgerow_cloud.learn import data, pipeline
 from hedgerow_cloud.learn.certify import upper_bound

@@ -24,9 +24,10 @@ from hedgerow.config import ServerSettings
 from hedgerow.errors import ConfigError
 from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.host import HostSettings, ModelFile, ModelHost
+from hedgerow.messages import request_to_proto
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
 from hedgerow.service import STREAM_CONCURRENCY, Server
-from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, TensorSpec, request_to_proto, tensor
+from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, TensorSpec, tensor
 
 X, Y = TensorSpec("x", "FP32", (-1,)), TensorSpec("y", "FP32", (-1,))
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING

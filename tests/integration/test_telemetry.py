@@ -27,6 +27,7 @@ from hedgerow.errors import ConfigError, HedgerowError, InvalidInput, ModelNotFo
 from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.gate import Gate
 from hedgerow.host import ModelFile, ModelHost
+from hedgerow.messages import request_to_proto, response_from_proto
 from hedgerow.proto import oip_pb2
 from hedgerow.remote import RemoteBackend, RemoteSettings
 from hedgerow.router import TIER, Route, Router
@@ -42,15 +43,7 @@ from hedgerow.telemetry import (
     Repeats,
     TracingSettings,
 )
-from hedgerow.tensors import (
-    InferRequest,
-    InferResponse,
-    ModelMetadata,
-    Origin,
-    TensorSpec,
-    request_to_proto,
-    response_from_proto,
-)
+from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Origin, TensorSpec
 from hedgerow.tracing import Tracing
 
 SURE, UNSURE = 8.0, 1.0

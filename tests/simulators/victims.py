@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from hedgerow.config import ServerSettings
 from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.lifecycle import run
+from hedgerow.messages import request_to_proto, response_from_proto
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
 from hedgerow.service import Server
-from hedgerow.tensors import InferRequest, ModelMetadata, TensorSpec, request_to_proto, response_from_proto, tensor
+from hedgerow.tensors import InferRequest, ModelMetadata, TensorSpec, tensor
 
 ECHO, BIG, SLOW, VITALS = "echo", "big", "slow", "vitals"
 START_S, STOP_S = 60.0, 60.0

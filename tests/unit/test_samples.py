@@ -11,11 +11,12 @@ import pytest
 from simulators import models
 
 from hedgerow.errors import InvalidInput, LinkError
+from hedgerow.messages import request_from_proto, request_to_proto
 from hedgerow.policies import Privacy
 from hedgerow.proto.link_pb2 import Request, Response, Sample, SampleReceipt
 from hedgerow.proto.oip_pb2 import ModelInferRequest
 from hedgerow.router import Observation
-from hedgerow.tensors import InferRequest, InferResponse, request_from_proto, request_to_proto, tensor
+from hedgerow.tensors import InferRequest, InferResponse, tensor
 from hedgerow_edge.samples import (
     MAX_MESSAGE_BYTES,
     MAX_PENDING,

@@ -13,6 +13,16 @@ from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from hedgerow.errors import EngineFault, HedgerowError, InvalidInput, Unsupported
+from hedgerow.messages import (
+    classified,
+    config_to_proto,
+    metadata_from_proto,
+    metadata_to_proto,
+    request_from_proto,
+    request_to_proto,
+    response_from_proto,
+    response_to_proto,
+)
 from hedgerow.proto import oip_pb2
 from hedgerow.tensors import (
     InferRequest,
@@ -21,16 +31,8 @@ from hedgerow.tensors import (
     Tensor,
     TensorSpec,
     check_request,
-    classified,
-    config_to_proto,
     datatype_of,
-    metadata_from_proto,
-    metadata_to_proto,
     numpy_dtype,
-    request_from_proto,
-    request_to_proto,
-    response_from_proto,
-    response_to_proto,
     tensor,
 )
 

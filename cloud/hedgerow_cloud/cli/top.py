@@ -178,7 +178,7 @@ def once(addresses: Sequence[str], interval_s: float) -> list[Device]:
     """What the devices do within `interval_s`; raises `Unavailable` if none can be read."""
     watch = Watch(addresses)
     watch.look()
-    time.sleep(interval_s)
+    time.sleep(interval_s)  # what is shown is what happened meanwhile
     devices = watch.look()
     if all(device.error for device in devices):
         raise Unavailable("; ".join(device.error for device in devices))
@@ -192,7 +192,7 @@ def follow(addresses: Sequence[str], interval_s: float) -> None:
         try:
             while True:
                 live.update(_picture(watch.look(), interval_s), refresh=True)
-                time.sleep(interval_s)
+                time.sleep(interval_s)  # between two pictures
         except KeyboardInterrupt:
             return
 

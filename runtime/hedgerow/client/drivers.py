@@ -93,7 +93,7 @@ class Blocking(InferenceClient):
                 return cast("R", end.value)
             try:
                 if isinstance(wanted, Pause):
-                    time.sleep(wanted.seconds)
+                    time.sleep(wanted.seconds)  # the pause before a retry, which the plan has bounded
                     step = partial(next, plan)
                 else:
                     step = partial(plan.send, self._take(wanted, deadline))

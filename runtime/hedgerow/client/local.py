@@ -23,18 +23,11 @@ from hedgerow.client.loop_thread import LoopThread
 from hedgerow.client.plans import Ask, Describe, IsReady, Plans, Refused, message, result
 from hedgerow.client.retries import MAX_ATTEMPTS
 from hedgerow.errors import DeadlineExceeded, HedgerowError
+from hedgerow.messages import classified
 from hedgerow.proto import oip_pb2
 from hedgerow.rpc import public
 from hedgerow.telemetry import REQUEST
-from hedgerow.tensors import (
-    InferRequest,
-    InferResponse,
-    ModelMetadata,
-    Tensor,
-    check_request,
-    classified,
-    numpy_dtype,
-)
+from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Tensor, check_request, numpy_dtype
 
 ANSWERS_AHEAD = 16
 """Answers to one request of a stream that may wait for the caller to take those before."""

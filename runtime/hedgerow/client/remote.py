@@ -21,9 +21,10 @@ from hedgerow.client.plans import Ask, Describe, IsReady, Plans, message
 from hedgerow.client.retries import MAX_ATTEMPTS
 from hedgerow.connection import SERVICE, parsed
 from hedgerow.errors import ConfigError, HedgerowError
+from hedgerow.messages import metadata_from_proto, response_from_bytes
 from hedgerow.proto import oip_pb2
 from hedgerow.rpc import received
-from hedgerow.tensors import TENANT_KEY, Origin, metadata_from_proto, response_from_bytes
+from hedgerow.tensors import TENANT_KEY, Origin
 
 MAX_MESSAGE_BYTES = 2**31 - 1
 KEEPALIVE_S = 310
