@@ -1,6 +1,7 @@
 """Fixtures that more than one suite uses."""
 
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,13 @@ from simulators import brokers
 
 settings.register_profile("hedgerow", deadline=None)  # how long an example takes says more of the machine than of us
 settings.load_profile("hedgerow")
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    """What a test opens and need not close: all of it is, in reverse order, at its end."""
+    async with AsyncExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture(params=brokers.KINDS)

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
@@ -47,12 +47,6 @@ SETTINGS = RemoteSettings(
 )
 REQUEST = replace(models.request(models.pixels(3)), model=MODEL)
 ANSWER = oip_pb2.ModelInferResponse(model_name=MODEL, model_version="7")
-
-
-@pytest.fixture
-async def stack() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as stack:
-        yield stack
 
 
 async def reached(

@@ -7,7 +7,7 @@ import math
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -47,12 +47,6 @@ REMOTE = RemoteSettings(
     connect_timeout_s=0.5, probe_timeout_s=0.5, probe_min_s=0.02, probe_max_s=0.1, heartbeat_s=0.2, timeout_s=5
 )
 SOON_S = 10.0
-
-
-@pytest.fixture
-async def stack() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture

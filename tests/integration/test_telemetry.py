@@ -5,7 +5,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -51,12 +51,6 @@ SURE, UNSURE = 8.0, 1.0
 SOON_S = 60.0
 INFER = f"{SERVICE.full_name}/ModelInfer"
 REMOTE = RemoteSettings(connect_timeout_s=5, probe_timeout_s=5, probe_min_s=0.02, probe_max_s=0.1, heartbeat_s=0.2)
-
-
-@pytest.fixture
-async def stack() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as stack:
-        yield stack
 
 
 async def ask(server: Server, request: InferRequest, traceparent: str = "") -> InferResponse:

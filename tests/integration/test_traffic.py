@@ -646,12 +646,6 @@ async def test_only_the_share_is_shown_and_neither_failures_nor_streams() -> Non
 
 
 @pytest.fixture
-async def stack() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
 async def host(stack: AsyncExitStack, tmp_path: Path) -> ModelHost:
     """Three releases of a classifier: the third takes each class for the next."""
     host = ModelHost(HostSettings(workers=1))
