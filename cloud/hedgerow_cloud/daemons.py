@@ -11,7 +11,7 @@ from pathlib import Path
 from hedgerow import lifecycle
 from hedgerow.config import load
 from hedgerow.errors import ConfigError, HedgerowError, MissingExtra
-from hedgerow.telemetry import configure_logging
+from hedgerow.telemetry.logs import configure_logging
 
 _log = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ from hedgerow.errors import (
     ModelNotFound,
     Overloaded,
 )
-from hedgerow.host import HostSettings, ModelFile, ModelHost
-from hedgerow.latency import LatencyWindow
+from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
 from hedgerow.lifecycle import supervise
+from hedgerow.remote.latency import LatencyWindow
 from hedgerow.service import Server
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata
 from hedgerow_cloud.cluster import local_ray

@@ -24,18 +24,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hedgerow import __version__, lifecycle, metrics, policies, profiles
+from hedgerow import __version__, lifecycle, policies, profiles
 from hedgerow.backend import Backend
 from hedgerow.config import load
-from hedgerow.diagnostics import Diagnostics, Page, Pages, health
 from hedgerow.durable import write_durably
 from hedgerow.errors import ConfigError, HedgerowError
-from hedgerow.host import ModelFile, ModelHost
+from hedgerow.host.model_host import ModelFile, ModelHost
 from hedgerow.link import Link, Topics, checked_id
-from hedgerow.remote import RemoteBackend
+from hedgerow.remote.backend import RemoteBackend
 from hedgerow.router import Route, Router, RouteSettings
 from hedgerow.service import Server
-from hedgerow.telemetry import configure_logging
+from hedgerow.telemetry import metrics
+from hedgerow.telemetry.diagnostics import Diagnostics, Page, Pages, health
+from hedgerow.telemetry.logs import configure_logging
 from hedgerow_edge.exchange import Exchange
 from hedgerow_edge.front import Front
 from hedgerow_edge.installer import Installer
@@ -50,7 +51,7 @@ from hedgerow_edge.trust import Trust
 from hedgerow_edge.updates import Updates
 
 if TYPE_CHECKING:
-    from hedgerow.tracing import Tracing
+    from hedgerow.telemetry.tracing import Tracing
 
 ADDRESS_FILE = "address"
 """In the state folder: where the agent serves, host:port, for whoever let it choose a port."""
@@ -93,7 +94,7 @@ async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> Non
 
         tracing = None
         if settings.tracing.endpoint:
-            from hedgerow.tracing import Tracing
+            from hedgerow.telemetry.tracing import Tracing
 
             tracing = Tracing(settings.tracing, instance=device)
             stack.push_async_callback(tracing.close)

@@ -12,10 +12,10 @@ import asyncio
 
 from hedgerow.backend import Backend
 from hedgerow.cache import CachedBackend
-from hedgerow.quotas import Quotas
 from hedgerow.router import Router
-from hedgerow.shadow import Mirror, Shadow
-from hedgerow.split import Split
+from hedgerow.traffic.quotas import Quotas
+from hedgerow.traffic.shadow import Mirror, Shadow
+from hedgerow.traffic.split import Split
 from hedgerow_edge.settings import AgentSettings
 
 

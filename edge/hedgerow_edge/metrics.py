@@ -1,4 +1,4 @@
-"""The device's metrics beside those of the runtime (`hedgerow.metrics`): its releases, and what waits to go home."""
+"""The device's metrics beside those of the runtime (`hedgerow.telemetry.metrics`): its releases, and what waits."""
 
 import asyncio
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from hedgerow_edge.store import Store
 
 
 class DeviceMetrics:
-    """Which release each model runs, which one is on its way, and how many samples wait. A `hedgerow.metrics.Source`.
+    """Which release each model runs, which one is on its way, and how many samples wait: a `Source`.
 
     Look before each reading: the outbox is on the disk, where reading it may wait for another to be synced.
     """

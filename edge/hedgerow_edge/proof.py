@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hedgerow.backend import Deadline
 from hedgerow.errors import InvalidRelease, ProbeMismatch
-from hedgerow.host import Staged
+from hedgerow.host.model_host import Staged
 from hedgerow.release import Manifest
 from hedgerow.tensors import InferRequest, Tensor, TensorSpec, tensor
 from hedgerow_edge.slots import Held

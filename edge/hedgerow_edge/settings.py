@@ -31,16 +31,16 @@ import msgspec
 
 from hedgerow.cache import CacheSettings
 from hedgerow.config import BrokerSettings, ServerSettings, Settings, variable
-from hedgerow.diagnostics import MetricsSettings
 from hedgerow.errors import ConfigError
 from hedgerow.gate import Gate
-from hedgerow.host import HostSettings
-from hedgerow.quotas import TenantsSettings
-from hedgerow.remote import RemoteSettings, Target
+from hedgerow.host.model_host import HostSettings
+from hedgerow.remote.backend import RemoteSettings, Target
 from hedgerow.router import RouteSettings
-from hedgerow.shadow import ShadowSettings
-from hedgerow.split import SplitSettings
-from hedgerow.telemetry import LogSettings, TracingSettings
+from hedgerow.telemetry.diagnostics import MetricsSettings
+from hedgerow.telemetry.logs import LogSettings, TracingSettings
+from hedgerow.traffic.quotas import TenantsSettings
+from hedgerow.traffic.shadow import ShadowSettings
+from hedgerow.traffic.split import SplitSettings
 from hedgerow_edge.installer import UpdateSettings
 from hedgerow_edge.samples import SampleSettings
 

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, Self
 
 from hedgerow.errors import ConfigError, HedgerowError
-from hedgerow.telemetry import configure_logging
+from hedgerow.telemetry.logs import configure_logging
 
 EXIT_OK = 0
 EXIT_FAILED = 1

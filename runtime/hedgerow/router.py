@@ -30,9 +30,9 @@ from hedgerow.errors import (
 )
 from hedgerow.gate import Gate, Guarantee, confidence
 from hedgerow.judge import NO_RELEASE, Judges, Verdict
-from hedgerow.latency import LatencyWindow
 from hedgerow.lifecycle import InFlight
 from hedgerow.policies import Attempt, Facts, Plan, Policy, Privacy, Tier
+from hedgerow.remote.latency import LatencyWindow
 from hedgerow.statistics import RouteCounts
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Parameter
 

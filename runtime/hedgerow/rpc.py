@@ -19,7 +19,7 @@ from google.protobuf.message_factory import GetMessageClass
 from hedgerow import errors
 from hedgerow.backend import Deadline
 from hedgerow.errors import EngineFault, HedgerowError, InvalidInput
-from hedgerow.telemetry import ERROR_ID
+from hedgerow.telemetry.logs import ERROR_ID
 
 MAX_DETAILS_CHARS = 512
 """Longest error message on the wire: with percent-encoding it must fit into 8 KiB of trailers. The log has it whole."""

@@ -41,7 +41,7 @@ from hedgerow.messages import (
 from hedgerow.proto import oip_pb2
 from hedgerow.rpc import Call, Method, Methods, address, details, methods, parse, public, readable
 from hedgerow.statistics import BatchCounts, Statistics, Stopwatch
-from hedgerow.telemetry import REQUEST
+from hedgerow.telemetry.logs import REQUEST
 from hedgerow.tensors import (
     HOPS_KEY,
     NOWHERE,
@@ -341,8 +341,8 @@ class Server:
     """A gRPC server of one backend: OIP, health and reflection. An async context manager, or `start` and `stop`.
 
     The backend stays its owner's to close. With a `control`, callers may load and unload models. `around` may put
-    something around the methods that are served, such as spans (`hedgerow.tracing`). `batches` gives what ran of a
-    model in the version that is serving, where somebody counts that.
+    something around the methods that are served, such as spans (`telemetry.tracing`). `batches` gives what ran of
+    a model in the version that is serving, where somebody counts that.
     """
 
     def __init__(

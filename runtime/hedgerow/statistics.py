@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Final, Self
 
 from hedgerow.backend import Deadline
-from hedgerow.batch import Outcome
 from hedgerow.errors import DeadlineExceeded, HedgerowError
+from hedgerow.host.batch import Outcome
 from hedgerow.proto import oip_pb2
 from hedgerow.tensors import ModelMetadata
 

@@ -18,8 +18,8 @@ from simulators.cloud import Cloud
 
 from hedgerow.config import ServerSettings
 from hedgerow.gate import Gate
-from hedgerow.host import HostSettings, ModelFile, ModelHost
-from hedgerow.remote import RemoteBackend
+from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
+from hedgerow.remote.backend import RemoteBackend
 from hedgerow.router import DEGRADED, TIER, Route, Router
 from hedgerow.service import Server
 

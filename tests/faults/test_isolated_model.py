@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from simulators import puppet_engine
 
 from hedgerow.errors import EngineFault, HedgerowError, InvalidInput, ModelNotReady
-from hedgerow.isolation import IsolatedSession, IsolationSettings, open_isolated
-from hedgerow.restarts import RestartSettings
+from hedgerow.isolation.restarts import RestartSettings
+from hedgerow.isolation.session import IsolatedSession, IsolationSettings, open_isolated
 
 MIB = 1024 * 1024
 PATIENCE_S = 90.0
@@ -246,7 +246,7 @@ def test_what_the_process_says_is_in_our_log_under_the_models_name_and_bounded(
     start: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
     session = start()
-    with caplog.at_level(logging.WARNING, "hedgerow.model_process"):
+    with caplog.at_level(logging.WARNING, "hedgerow.isolation.process"):
         run(session, "say it is me")
         until(lambda: "puppet: its process says: it is me" in caplog.messages, "the line was logged")
         run(session, "babble " + "x" * 3000)
@@ -325,7 +325,7 @@ OWNER = """
 import sys, threading
 from pathlib import Path
 import numpy as np
-from hedgerow.isolation import open_isolated
+from hedgerow.isolation.session import open_isolated
 from simulators import puppet_engine
 
 session = open_isolated("puppet", Path(sys.argv[1]), streams=2, threads=1, command=puppet_engine.COMMAND)

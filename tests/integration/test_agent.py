@@ -19,7 +19,7 @@ from simulators.responder import DEVICE, Responder
 from hedgerow.client import AsyncClient
 from hedgerow.config import ServerSettings
 from hedgerow.errors import HedgerowError, Overloaded
-from hedgerow.host import ModelFile, ModelHost
+from hedgerow.host.model_host import ModelFile, ModelHost
 from hedgerow.messages import request_from_proto, response_from_proto
 from hedgerow.proto import link_pb2, oip_pb2
 from hedgerow.release import Limits

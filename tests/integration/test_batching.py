@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from simulators import models
 
 from hedgerow import engines
-from hedgerow.alarms import STALE
 from hedgerow.backend import Deadline
 from hedgerow.errors import (
     DeadlineExceeded,
@@ -26,7 +25,8 @@ from hedgerow.errors import (
     ModelNotReady,
     Unavailable,
 )
-from hedgerow.host import BatchSettings, HostSettings, ModelFile, ModelHost, Staged
+from hedgerow.host.alarms import STALE
+from hedgerow.host.model_host import BatchSettings, HostSettings, ModelFile, ModelHost, Staged
 from hedgerow.tensors import InferRequest, InferResponse, Tensor, TensorSpec, tensor
 
 PATIENCE_S = 60.0

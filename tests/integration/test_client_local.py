@@ -17,12 +17,12 @@ from simulators.clients import TIMEOUT_S, Explaining
 
 import hedgerow.backend
 import hedgerow.client
-import hedgerow.host
+import hedgerow.host.model_host
 from hedgerow.backend import Backend, Deadline
 from hedgerow.client import AsyncLocalClient, Client, InferenceClient, LocalClient, Result
 from hedgerow.config import ServerSettings
 from hedgerow.errors import HedgerowError, InvalidInput, ModelNotFound
-from hedgerow.host import ModelFile, ModelHost
+from hedgerow.host.model_host import ModelFile, ModelHost
 from hedgerow.router import Route, Router
 from hedgerow.service import Server
 from hedgerow.tensors import InferRequest, InferResponse
@@ -78,9 +78,9 @@ def test_the_examples_of_the_documentation_run(
 ) -> None:
     remote, local = re.findall(r"::\n\n((?:(?:    .*)?\n)+)", hedgerow.client.__doc__ or "")
     names = {
-        **vars(hedgerow.client), **vars(hedgerow.host), **vars(hedgerow.backend), "AsyncIterator": AsyncIterator,
-        "asynccontextmanager": asynccontextmanager, "Path": Path, "image": models.pixels(3),
-        "images": [models.pixels(digit) for digit in range(3)],
+        **vars(hedgerow.client), **vars(hedgerow.host.model_host), **vars(hedgerow.backend),
+        "AsyncIterator": AsyncIterator, "asynccontextmanager": asynccontextmanager, "Path": Path,
+        "image": models.pixels(3), "images": [models.pixels(digit) for digit in range(3)],
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)
     with in_background(lambda: serving(Path("digits.onnx"))) as server:

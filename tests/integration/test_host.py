@@ -27,7 +27,7 @@ from hedgerow.errors import (
     Overloaded,
     Unavailable,
 )
-from hedgerow.host import BatchSettings, HostSettings, ModelFile, ModelHost, Staged
+from hedgerow.host.model_host import BatchSettings, HostSettings, ModelFile, ModelHost, Staged
 from hedgerow.tensors import InferRequest, InferResponse, tensor
 
 SLOW_S = 0.15

@@ -9,7 +9,7 @@ from simulators import models
 
 from hedgerow import engines, release
 from hedgerow.engines import onnxruntime
-from hedgerow.host import ModelHost
+from hedgerow.host.model_host import ModelHost
 from hedgerow.release import MANIFEST, Manifest, Variant
 from hedgerow.router import Router
 from hedgerow_edge.install import Install, Release

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from simulators import models
 
-from hedgerow import isolated
 from hedgerow.errors import ConfigError, EngineFault
-from hedgerow.isolated import Lane, Placed
-from hedgerow.isolation import IsolatedSession, open_isolated
-from hedgerow.restarts import Restarts, RestartSettings
+from hedgerow.isolation import child as isolated
+from hedgerow.isolation.child import Lane, Placed
+from hedgerow.isolation.restarts import Restarts, RestartSettings
+from hedgerow.isolation.session import IsolatedSession, open_isolated
 
 LIMIT_BYTES = 1024 * 1024
 

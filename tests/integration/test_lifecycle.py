@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from hedgerow.lifecycle import InFlight, supervise
-from hedgerow.telemetry import LineFormatter
+from hedgerow.telemetry.logs import LineFormatter
 
 WAIT_S = 20.0
 DAEMON = """

@@ -18,7 +18,6 @@ from simulators.cloud import MODEL, Cloud
 from simulators.foreign import Context, Foreign, refuses, says
 
 from hedgerow.backend import Deadline
-from hedgerow.balancing import FAULTS_TO_EJECT
 from hedgerow.errors import (
     BackendUnavailable,
     ConfigError,
@@ -28,9 +27,10 @@ from hedgerow.errors import (
     Overloaded,
     Unavailable,
 )
-from hedgerow.limits import WINDOW
 from hedgerow.proto import oip_pb2
-from hedgerow.remote import RemoteBackend, RemoteSettings, Target
+from hedgerow.remote.backend import RemoteBackend, RemoteSettings, Target
+from hedgerow.remote.balancing import FAULTS_TO_EJECT
+from hedgerow.remote.limits import WINDOW
 from hedgerow.tensors import InferRequest, Origin
 
 LONG_S = 60.0

@@ -33,10 +33,10 @@ from hedgerow.errors import (
 )
 from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.gate import Gate, Guarantee
-from hedgerow.host import HostSettings, ModelFile, ModelHost
+from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
 from hedgerow.judge import Judges
 from hedgerow.policies import Policy, Privacy, cloud_first, edge_first
-from hedgerow.remote import RemoteBackend, RemoteSettings
+from hedgerow.remote.backend import RemoteBackend, RemoteSettings
 from hedgerow.router import CONFIDENCE, DEGRADED, PRIVACY, REASON, RELEASE, TIER, Observation, Route, Router
 from hedgerow.tensors import InferRequest, InferResponse, Parameter
 

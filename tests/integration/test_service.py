@@ -23,7 +23,7 @@ from hedgerow.backend import Deadline
 from hedgerow.config import ServerSettings
 from hedgerow.errors import ConfigError
 from hedgerow.function import FunctionBackend, FunctionModel
-from hedgerow.host import HostSettings, ModelFile, ModelHost
+from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
 from hedgerow.messages import request_to_proto
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
 from hedgerow.service import STREAM_CONCURRENCY, Server

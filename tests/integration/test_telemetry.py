@@ -20,20 +20,21 @@ from prometheus_client.parser import text_string_to_metric_families
 from simulators import models
 from simulators.cloud import MODEL, Cloud
 
-from hedgerow import diagnostics, metrics, transports
+from hedgerow import transports
 from hedgerow.config import ServerSettings
-from hedgerow.diagnostics import Diagnostics, Page, health
 from hedgerow.errors import ConfigError, HedgerowError, InvalidInput, ModelNotFound, Overloaded
 from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.gate import Gate
-from hedgerow.host import ModelFile, ModelHost
+from hedgerow.host.model_host import ModelFile, ModelHost
 from hedgerow.messages import request_to_proto, response_from_proto
 from hedgerow.proto import oip_pb2
-from hedgerow.remote import RemoteBackend, RemoteSettings
+from hedgerow.remote.backend import RemoteBackend, RemoteSettings
 from hedgerow.router import TIER, Route, Router
 from hedgerow.rpc import received
 from hedgerow.service import SERVICE, Server
-from hedgerow.telemetry import (
+from hedgerow.telemetry import diagnostics, metrics
+from hedgerow.telemetry.diagnostics import Diagnostics, Page, health
+from hedgerow.telemetry.logs import (
     ERROR_ID,
     REPEAT_WINDOW_S,
     REPEATS,
@@ -43,8 +44,8 @@ from hedgerow.telemetry import (
     Repeats,
     TracingSettings,
 )
+from hedgerow.telemetry.tracing import Tracing
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Origin, TensorSpec
-from hedgerow.tracing import Tracing
 
 SURE, UNSURE = 8.0, 1.0
 """Strength of the pixels: the edge's confidence is above 0.99, or about 0.23."""

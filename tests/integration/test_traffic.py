@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from simulators import models
 from simulators.cloud import MODEL, Cloud
 
-from hedgerow import shadow, split, targets
 from hedgerow.backend import Backend, Deadline
 from hedgerow.config import ServerSettings, load
 from hedgerow.errors import (
@@ -33,14 +32,15 @@ from hedgerow.errors import (
 )
 from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.gate import Gate
-from hedgerow.host import HostSettings, ModelFile, ModelHost
-from hedgerow.quotas import Quotas, QuotaSettings, TenantsSettings
-from hedgerow.remote import RemoteBackend, RemoteSettings
+from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
+from hedgerow.remote.backend import RemoteBackend, RemoteSettings
 from hedgerow.router import PRIVACY, RELEASE, SPLIT, SPLIT_REASON, STICKY, Route, Router
 from hedgerow.service import Server
-from hedgerow.shadow import Mirror, Shadow, ShadowSettings
-from hedgerow.split import Split, SplitSettings, SplitTarget, SplitTargetSettings
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Origin, TensorSpec, tensor
+from hedgerow.traffic import shadow, split, targets
+from hedgerow.traffic.quotas import Quotas, QuotaSettings, TenantsSettings
+from hedgerow.traffic.shadow import Mirror, Shadow, ShadowSettings
+from hedgerow.traffic.split import Split, SplitSettings, SplitTarget, SplitTargetSettings
 
 PATIENCE_S = 60.0
 X, Y = TensorSpec("x", "FP32", (-1,)), TensorSpec("y", "FP32", (-1,))

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hedgerow import engines, isolated
+from hedgerow import engines
 from hedgerow.errors import EngineFault, InvalidInput
+from hedgerow.isolation import child as isolated
 from hedgerow.tensors import TensorSpec
 
 COMMAND = (sys.executable, __file__)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hedgerow.balancing import EJECTED_S, FAULTS_TO_EJECT, MAX_EJECTED_S, Conduct, choose, may_eject
+from hedgerow.remote.balancing import EJECTED_S, FAULTS_TO_EJECT, MAX_EJECTED_S, Conduct, choose, may_eject
 
 NOW = 1000.0
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
-from hedgerow.batch import Runnable, finite, join, split, takes_batches
 from hedgerow.errors import EngineFault, InvalidInput
+from hedgerow.host.batch import Runnable, finite, join, split, takes_batches
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Tensor, TensorSpec, numpy_dtype
 
 

@@ -2,8 +2,8 @@
 
 import random
 
-from hedgerow.breaker import Breaker, RetryBudget
-from hedgerow.latency import LatencyWindow, PeakLatency
+from hedgerow.remote.breaker import Breaker, RetryBudget
+from hedgerow.remote.latency import LatencyWindow, PeakLatency
 
 
 def test_failures_in_a_row_open_the_breaker_and_scattered_ones_do_not() -> None:

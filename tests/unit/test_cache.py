@@ -26,7 +26,7 @@ from hedgerow.errors import (
     ModelNotReady,
     Overloaded,
 )
-from hedgerow.host import ModelFile, ModelHost
+from hedgerow.host.model_host import ModelFile, ModelHost
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Parameter, Tensor, TensorSpec, tensor
 
 PATIENCE_S = 60.0

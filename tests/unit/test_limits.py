@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hedgerow.limits import START, WINDOW, GradientLimit
+from hedgerow.remote.limits import START, WINDOW, GradientLimit
 
 latencies = st.floats(min_value=0, max_value=1e4, allow_nan=False)
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from hedgerow import metrics
 from hedgerow.backend import Deadline
 from hedgerow.config import ServerSettings
 from hedgerow.errors import DeadlineExceeded, InvalidInput, Overloaded
-from hedgerow.host import ModelHost
+from hedgerow.host.model_host import ModelHost
 from hedgerow.router import Router
 from hedgerow.service import Server
 from hedgerow.statistics import MAX_COUNTED, MAX_RELEASES, OTHER, Histogram, RouteCounts, Statistics
+from hedgerow.telemetry import metrics
 from hedgerow.tensors import ModelMetadata
 from hedgerow_edge.metrics import DeviceMetrics
 

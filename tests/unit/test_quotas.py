@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hedgerow.backend import Deadline
-from hedgerow.buckets import ROUNDING, TokenBucket
 from hedgerow.config import load
 from hedgerow.errors import ConfigError, EngineFault, InvalidInput, Overloaded
 from hedgerow.function import FunctionBackend, FunctionModel
-from hedgerow.quotas import MAX_TENANT_CHARS, OTHERS, Quotas, QuotaSettings, TenantsSettings
 from hedgerow.tensors import InferRequest, ModelMetadata, Origin, TensorSpec, tensor
+from hedgerow.traffic.buckets import ROUNDING, TokenBucket
+from hedgerow.traffic.quotas import MAX_TENANT_CHARS, OTHERS, Quotas, QuotaSettings, TenantsSettings
 
 PATIENCE_S = 60.0
 NEVER = 1e-6

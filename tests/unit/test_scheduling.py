@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hedgerow.errors import DeadlineExceeded, HedgerowError, Overloaded, Unavailable
-from hedgerow.pace import MAX_PROOF_RUNS, PROOF_RUNS, Inlining, RunTimes
-from hedgerow.scheduling import PROBE_AFTER_S, BatchSettings, Run, Scheduler, Ticket
+from hedgerow.host.pace import MAX_PROOF_RUNS, PROOF_RUNS, Inlining, RunTimes
+from hedgerow.host.scheduling import PROBE_AFTER_S, BatchSettings, Run, Scheduler, Ticket
 
 NEVER = float("inf")
 

@@ -10,13 +10,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 
-from hedgerow.agreement import ByValue, difference, settle
 from hedgerow.errors import ConfigError
 from hedgerow.policies import Privacy
-from hedgerow.rendezvous import Points, by_key, by_point
 from hedgerow.router import STICKY
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Parameter, TensorSpec, tensor
-from hedgerow.traffic import payload_bytes, privacy
+from hedgerow.traffic.agreement import ByValue, difference, settle
+from hedgerow.traffic.facts import payload_bytes, privacy
+from hedgerow.traffic.rendezvous import Points, by_key, by_point
 
 KEYS = [f"key-{number}".encode() for number in range(4000)]
 weightings = st.dictionaries(

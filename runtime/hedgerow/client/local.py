@@ -26,7 +26,7 @@ from hedgerow.errors import DeadlineExceeded, HedgerowError
 from hedgerow.messages import classified
 from hedgerow.proto import oip_pb2
 from hedgerow.rpc import public
-from hedgerow.telemetry import REQUEST
+from hedgerow.telemetry.logs import REQUEST
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Tensor, check_request, numpy_dtype
 
 ANSWERS_AHEAD = 16

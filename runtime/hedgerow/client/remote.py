@@ -19,10 +19,10 @@ from hedgerow.client.interface import DEFAULT_TIMEOUT_S, Outcome
 from hedgerow.client.loop_thread import CLOSED
 from hedgerow.client.plans import Ask, Describe, IsReady, Plans, message
 from hedgerow.client.retries import MAX_ATTEMPTS
-from hedgerow.connection import SERVICE, parsed
 from hedgerow.errors import ConfigError, HedgerowError
 from hedgerow.messages import metadata_from_proto, response_from_bytes
 from hedgerow.proto import oip_pb2
+from hedgerow.remote.connection import SERVICE, parsed
 from hedgerow.rpc import received
 from hedgerow.tensors import TENANT_KEY, Origin
 

@@ -16,8 +16,8 @@ for the deadline where the server asks for more patience than there is, and vari
 import random
 import threading
 
-from hedgerow.breaker import RetryBudget
 from hedgerow.errors import HedgerowError, Overloaded, Unavailable
+from hedgerow.remote.breaker import RetryBudget
 
 MAX_ATTEMPTS = 3
 RETRY_SHARE = 0.2

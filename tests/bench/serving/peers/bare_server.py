@@ -9,7 +9,7 @@ from engine import read_job
 
 from hedgerow import lifecycle
 from hedgerow.config import ServerSettings
-from hedgerow.host import HostSettings, ModelFile, ModelHost
+from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
 from hedgerow.service import Server
 
 

@@ -1,11 +1,11 @@
 """Split: requests for one model go to several targets, by weight; in front of a backend that answers all other models.
 
-The life of a request: the target is chosen (`hedgerow.rendezvous`), by the request's `STICKY` or else its tenant, so
+The life of a request: the target is chosen (`rendezvous`), by the request's `STICKY` or else its tenant, so
 that who was with one release stays there, or in turn where it says neither; one that is not healthy is passed over, and
 the answer says so; it comes back under the name that the caller used. The rules:
 
 - weights change while requests are in flight, which finish where they are, and move as few callers as can be;
-- targets must be interchangeable (`hedgerow.targets`); `run` compares them after one has answered in another version,
+- targets must be interchangeable (`targets`); `run` compares them after one has answered in another version,
   and at intervals;
 - where no target is healthy, the one is asked that would have been: its own refusal says best when to come again;
 - a request that must not leave the device goes only to targets that are marked `local`.
@@ -19,14 +19,21 @@ from dataclasses import dataclass, replace
 
 from hedgerow.backend import Backend, Deadline, ModelState, Snapshot
 from hedgerow.errors import ConfigError, Forbidden, HedgerowError, InvalidInput, Unavailable
-from hedgerow.latency import LatencyWindow
 from hedgerow.lifecycle import InFlight
 from hedgerow.policies import Privacy
-from hedgerow.rendezvous import Points, by_key, by_point
+from hedgerow.remote.latency import LatencyWindow
 from hedgerow.router import PRIVACY, SPLIT, SPLIT_REASON, STICKY
-from hedgerow.targets import LOOK_PAUSE_S, LOOK_TIMEOUT_S, SplitSettings, SplitTarget, SplitTargetSettings, Targets
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Parameter
-from hedgerow.traffic import privacy
+from hedgerow.traffic.facts import privacy
+from hedgerow.traffic.rendezvous import Points, by_key, by_point
+from hedgerow.traffic.targets import (
+    LOOK_PAUSE_S,
+    LOOK_TIMEOUT_S,
+    SplitSettings,
+    SplitTarget,
+    SplitTargetSettings,
+    Targets,
+)
 
 __all__ = ["ModelSplit", "Split", "SplitSettings", "SplitTarget", "SplitTargetSettings", "TargetCounts"]
 

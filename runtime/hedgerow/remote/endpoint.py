@@ -18,9 +18,6 @@ from typing import Protocol
 from google.protobuf.message import Message
 
 from hedgerow.backend import Deadline
-from hedgerow.balancing import Conduct
-from hedgerow.breaker import Breaker
-from hedgerow.connection import Connection, Connector, Metadata, parsed
 from hedgerow.errors import (
     BackendUnavailable,
     DeadlineExceeded,
@@ -29,11 +26,14 @@ from hedgerow.errors import (
     Unavailable,
     Unsupported,
 )
-from hedgerow.known import KnownModels
-from hedgerow.latency import LatencyWindow, PeakLatency
 from hedgerow.lifecycle import InFlight
 from hedgerow.proto import oip_pb2
-from hedgerow.remote_settings import RemoteSettings
+from hedgerow.remote.balancing import Conduct
+from hedgerow.remote.breaker import Breaker
+from hedgerow.remote.connection import Connection, Connector, Metadata, parsed
+from hedgerow.remote.known import KnownModels
+from hedgerow.remote.latency import LatencyWindow, PeakLatency
+from hedgerow.remote.settings import RemoteSettings
 
 ROUND_TRIPS = 8
 """Heartbeats whose quickest is taken for the way there and back."""

@@ -1,8 +1,8 @@
 """Logging: a record a line, as text or JSON, under the names of our modules, with the request that it concerns.
 
 Loggers are the usual ``logging.getLogger(__name__)``: ``hedgerow.service``, ``hedgerow_edge.agent``,
-``hedgerow_cloud.fleet.service``. Libraries below us only speak up from WARNING on. Metrics are in `hedgerow.metrics`,
-traces in `hedgerow.tracing`.
+``hedgerow_cloud.fleet.service``. Libraries below us only speak up from WARNING on. Metrics are in `metrics`,
+traces in `tracing`.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""The process that a model lives in, and how tensors reach it. Started and talked to by `hedgerow.isolation`.
+"""The process that a model lives in, and how tensors reach it. Started and talked to by `session`.
 
-``python -m hedgerow.isolated THREADS LIMIT_BYTES ENGINE FILE LANE...``; a lane is two descriptors, ``SOCKET:MEMORY``.
-It carries one run at a time:
+``python -m hedgerow.isolation.child THREADS LIMIT_BYTES ENGINE FILE LANE...``; a lane is two descriptors,
+``SOCKET:MEMORY``. It carries one run at a time:
 
 - a socket that keeps messages apart, for small messages (msgpack): `Run` one way, `Opened`, `Answer` and `Failed` the
   other;

@@ -15,11 +15,11 @@ from typing import Annotated
 
 import msgspec
 
-from hedgerow.agreement import settle
 from hedgerow.backend import Backend, Deadline
 from hedgerow.config import Settings
 from hedgerow.errors import ConfigError, DeadlineExceeded, HedgerowError, ModelNotFound, Unavailable
 from hedgerow.tensors import ModelMetadata
+from hedgerow.traffic.agreement import settle
 
 MAX_WEIGHT = 1e9
 LOOK_PAUSE_S = 1.0

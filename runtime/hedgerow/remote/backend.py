@@ -17,9 +17,6 @@ from typing import Self
 from google.protobuf.message import Message
 
 from hedgerow.backend import Deadline, ModelState, Snapshot
-from hedgerow.breaker import RetryBudget
-from hedgerow.connection import Metadata, parsed
-from hedgerow.endpoint import Endpoint
 from hedgerow.errors import (
     BackendUnavailable,
     DeadlineExceeded,
@@ -29,14 +26,17 @@ from hedgerow.errors import (
     ModelNotFound,
     Overloaded,
 )
-from hedgerow.known import KnownModels
-from hedgerow.latency import LatencyWindow
 from hedgerow.lifecycle import InFlight
-from hedgerow.limits import GradientLimit
 from hedgerow.messages import request_to_bytes, response_from_bytes, response_from_proto
-from hedgerow.pool import Pool, Resolve, Targets, addresses
 from hedgerow.proto import oip_pb2
-from hedgerow.remote_settings import RemoteSettings, Target
+from hedgerow.remote.breaker import RetryBudget
+from hedgerow.remote.connection import Metadata, parsed
+from hedgerow.remote.endpoint import Endpoint
+from hedgerow.remote.known import KnownModels
+from hedgerow.remote.latency import LatencyWindow
+from hedgerow.remote.limits import GradientLimit
+from hedgerow.remote.pool import Pool, Resolve, Targets, addresses
+from hedgerow.remote.settings import RemoteSettings, Target
 from hedgerow.statistics import RemoteCounts
 from hedgerow.tensors import HOPS_KEY, TENANT_KEY, InferRequest, InferResponse, ModelMetadata, Origin
 

@@ -19,15 +19,15 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from hedgerow.agreement import ByValue, Compare, Comparison
 from hedgerow.backend import Around, Backend, Deadline
 from hedgerow.config import Count, Seconds, Settings, Share
 from hedgerow.errors import DeadlineExceeded, HedgerowError
-from hedgerow.latency import LatencyWindow
 from hedgerow.policies import Privacy
-from hedgerow.rendezvous import Points
+from hedgerow.remote.latency import LatencyWindow
 from hedgerow.tensors import InferRequest, InferResponse, Origin, Tensor
-from hedgerow.traffic import payload_bytes, privacy
+from hedgerow.traffic.agreement import ByValue, Compare, Comparison
+from hedgerow.traffic.facts import payload_bytes, privacy
+from hedgerow.traffic.rendezvous import Points
 
 INLINE_BYTES = 64 * 1024
 """Of two answers that are compared on the event loop; larger ones on a thread."""

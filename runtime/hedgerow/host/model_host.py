@@ -2,7 +2,7 @@
 
 A model's life: `stage` opens and warms it beside what serves; `activate` makes it the one that answers, in one step;
 what runs then finishes on the one it started on, which is closed after the last of them, and what waits is answered by
-the new one. Requests are queued and put together in `hedgerow.batching`, model by model, so that one which hangs or is
+the new one. Requests are queued and put together in `batching`, model by model, so that one which hangs or is
 slow keeps no other from answering.
 """
 
@@ -19,13 +19,13 @@ from typing import Annotated
 import msgspec
 
 from hedgerow.backend import Deadline, ModelState, Snapshot
-from hedgerow.batch import Runnable
-from hedgerow.batching import Batcher
 from hedgerow.config import Count, Seconds, Settings
 from hedgerow.errors import ModelNotFound, ModelNotReady
-from hedgerow.isolation import IsolationSettings
-from hedgerow.loading import ModelFile, file_bytes, open_model
-from hedgerow.scheduling import BatchSettings
+from hedgerow.host.batch import Runnable
+from hedgerow.host.batching import Batcher
+from hedgerow.host.loading import ModelFile, file_bytes, open_model
+from hedgerow.host.scheduling import BatchSettings
+from hedgerow.isolation.session import IsolationSettings
 from hedgerow.statistics import BatchCounts
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata
 
@@ -146,7 +146,7 @@ class ModelHost:
     async def stage(self, file: ModelFile) -> Staged:
         """`file`, open and warm beside what serves; nothing is served from it yet.
 
-        Raises what `hedgerow.loading.open_model` does, and `ModelNotReady` if there is no room for it. Ends in
+        Raises what `loading.open_model` does, and `ModelNotReady` if there is no room for it. Ends in
         `activate` or `discard`.
         """
         future, memory_bytes = self._open(file)

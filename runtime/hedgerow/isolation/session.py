@@ -1,12 +1,12 @@
 """Models in processes of their own: one that crashes, hangs or eats memory takes nobody with it.
 
-`open_isolated` gives an engine's session whose model runs in a child process (`hedgerow.isolated`). The rules:
+`open_isolated` gives an engine's session whose model runs in a child process (`child`). The rules:
 
 - a run that crashes the process, or takes longer than `run_timeout_s`, is an `EngineFault`, and so are the others that
   were running in it; nothing is run twice;
 - a process that uses more than `max_memory_bytes` is killed: right after the run where that shows, or in the middle of
   a long one;
-- a process that has ended is started again as `hedgerow.restarts` says. Meanwhile runs are refused with `ModelNotReady`
+- a process that has ended is started again as `restarts` says. Meanwhile runs are refused with `ModelNotReady`
   at once, because a thread that waited would be missing to other models; once it was given up, with `EngineFault`;
 - no process outlives this one, whatever happens to it.
 
@@ -27,14 +27,14 @@ from typing import Any
 from numpy.typing import NDArray
 
 from hedgerow.errors import EngineFault, HedgerowError, ModelNotReady
-from hedgerow.isolated import Lane
-from hedgerow.model_process import EXIT_S, IsolationSettings, Lost, ModelProcess
-from hedgerow.restarts import Restarts
+from hedgerow.isolation.child import Lane
+from hedgerow.isolation.process import EXIT_S, IsolationSettings, Lost, ModelProcess
+from hedgerow.isolation.restarts import Restarts
 from hedgerow.tensors import TensorSpec
 
 __all__ = ["IsolatedSession", "IsolationSettings", "open_isolated"]
 
-COMMAND = (sys.executable, "-m", "hedgerow.isolated")
+COMMAND = (sys.executable, "-m", "hedgerow.isolation.child")
 """What starts a model's process."""
 
 log = logging.getLogger(__name__)
@@ -218,7 +218,7 @@ def open_isolated(
     """As `hedgerow.engines.Engine.open_model` of the engine called `engine`, in a process of its own.
 
     `name` is what the log and the errors call the model, by default its file's name. `command` starts
-    `hedgerow.isolated`, which gets its arguments behind it: a place for a wrapper such as ``nice`` that execs.
+    `child`, which gets its arguments behind it: a place for a wrapper such as ``nice`` that execs.
     """
     settings = settings or IsolationSettings()
     arguments = (*command, str(threads), str(settings.max_tensor_bytes), engine, str(path.absolute()))

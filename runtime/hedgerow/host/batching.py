@@ -1,6 +1,6 @@
 """Dynamic batching in front of one model: requests come one by one, and run with those that wait beside them.
 
-The shell around `hedgerow.scheduling`, which decides, and `hedgerow.batch`, which runs. The life of a request:
+The shell around `scheduling`, which decides, and `batch`, which runs. The life of a request:
 
 1. `submit`: checked, then queued or refused at once.
 2. `_dispatch`: at the end of this turn of the event loop, when all that has arrived is queued, or when an instance
@@ -20,9 +20,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from hedgerow.alarms import Alarms
 from hedgerow.backend import Deadline
-from hedgerow.batch import Fit, Outcome, Runnable
 from hedgerow.errors import (
     DeadlineExceeded,
     EngineFault,
@@ -32,11 +30,13 @@ from hedgerow.errors import (
     ModelNotReady,
     Unavailable,
 )
-from hedgerow.latency import LatencyWindow
-from hedgerow.scheduling import BatchSettings, Run, Scheduler, Ticket
+from hedgerow.host.alarms import Alarms
+from hedgerow.host.batch import Fit, Outcome, Runnable
+from hedgerow.host.scheduling import BatchSettings, Run, Scheduler, Ticket
+from hedgerow.host.workers import Workers
+from hedgerow.remote.latency import LatencyWindow
 from hedgerow.statistics import BatchCounts, Compute
 from hedgerow.tensors import InferRequest, InferResponse
-from hedgerow.workers import Workers
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hedgerow import engines
-from hedgerow.batch import Runnable, takes_batches, zeros
 from hedgerow.errors import EngineFault, HedgerowError, InvalidRelease
-from hedgerow.isolation import IsolationSettings, open_isolated
+from hedgerow.host.batch import Runnable, takes_batches, zeros
+from hedgerow.isolation.session import IsolationSettings, open_isolated
 from hedgerow.tensors import ModelMetadata
 
 log = logging.getLogger(__name__)

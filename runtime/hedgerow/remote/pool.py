@@ -7,13 +7,14 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
 
-from hedgerow import balancing, rpc
-from hedgerow.connection import Connector
-from hedgerow.endpoint import Address, Endpoint
+from hedgerow import rpc
 from hedgerow.errors import ConfigError
-from hedgerow.known import KnownModels
-from hedgerow.latency import LatencyWindow
-from hedgerow.remote_settings import RemoteSettings, Target
+from hedgerow.remote import balancing
+from hedgerow.remote.connection import Connector
+from hedgerow.remote.endpoint import Address, Endpoint
+from hedgerow.remote.known import KnownModels
+from hedgerow.remote.latency import LatencyWindow
+from hedgerow.remote.settings import RemoteSettings, Target
 
 MAX_ADDRESSES = 64
 """Addresses of one name that are used; more are left out."""

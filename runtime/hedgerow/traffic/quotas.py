@@ -1,4 +1,4 @@
-"""Quotas: what each tenant may ask for, in front of a backend. The rules are in `hedgerow.buckets`.
+"""Quotas: what each tenant may ask for, in front of a backend. The rules are in `buckets`.
 
 Who asks is the request's `Origin.tenant`. A tenant that is named has an allowance of its own, which nobody else can
 touch. All others, those who say no name among them, have one in common, and within it each may have no more than a
@@ -18,11 +18,11 @@ from typing import Annotated, Final
 import msgspec
 
 from hedgerow.backend import Around, Backend, Deadline
-from hedgerow.buckets import Allowance, Quota
 from hedgerow.config import Count, Settings
 from hedgerow.errors import HedgerowError, InvalidInput, Overloaded
 from hedgerow.tensors import InferRequest, InferResponse
-from hedgerow.traffic import payload_bytes
+from hedgerow.traffic.buckets import Allowance, Quota
+from hedgerow.traffic.facts import payload_bytes
 
 OTHERS: Final = ""
 """Stands for all tenants without a name in the settings."""

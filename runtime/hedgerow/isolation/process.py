@@ -1,6 +1,6 @@
 """A model's process as its parent sees it: one child from its start to its end, and the runs in it.
 
-`hedgerow.isolation` decides when there is one, `hedgerow.isolated` is what runs in it. Runs may come from any thread,
+`session` decides when there is one, `child` is what runs in it. Runs may come from any thread,
 each with a lane of its own.
 """
 
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from hedgerow import errors
 from hedgerow.config import Seconds, Settings
 from hedgerow.errors import EngineFault, HedgerowError, InvalidInput
-from hedgerow.isolated import Answer, Failed, Lane, Opened, Run
-from hedgerow.restarts import RestartSettings
+from hedgerow.isolation.child import Answer, Failed, Lane, Opened, Run
+from hedgerow.isolation.restarts import RestartSettings
 
 WATCH_S = 0.1
 """How often, at most, somebody who waits for a run looks at the process's memory."""

@@ -20,7 +20,7 @@ import msgspec
 
 from hedgerow.config import Count, Seconds, Settings
 from hedgerow.errors import DeadlineExceeded, Overloaded, Unavailable
-from hedgerow.pace import GAIN, Inlining, RunTimes
+from hedgerow.host.pace import GAIN, Inlining, RunTimes
 
 PROBE_AFTER_S = 1.0
 """What was measured this long ago no longer keeps a request out: one is let through, and measures anew."""
@@ -50,7 +50,7 @@ class BatchSettings(Settings, frozen=True, kw_only=True):
     ageing_s: Seconds = 1.0
     """How much longer than a request of the next higher level one waits at most, all else being equal."""
     inline_below_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0003
-    """Runs that are proved to be shorter are made on the event loop (see `hedgerow.pace.Inlining`); 0: none."""
+    """Runs that are proved to be shorter are made on the event loop (see `pace.Inlining`); 0: none."""
     hang_after_s: Seconds = 30.0
     """A run that takes longer is given up: it hangs."""
 

@@ -21,7 +21,7 @@ from prometheus_client.exposition import choose_encoder
 
 from hedgerow import __version__
 from hedgerow.backend import Backend
-from hedgerow.host import ModelHost
+from hedgerow.host.model_host import ModelHost
 from hedgerow.lifecycle import InFlight
 from hedgerow.router import Router
 from hedgerow.service import Server
