@@ -18,10 +18,10 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 from google.protobuf.message import DecodeError
+from msgspec.structs import replace
 
 from hedgerow.config import Count, Seconds, Settings
 from hedgerow.errors import HedgerowError, InvalidInput, LinkError

@@ -6,15 +6,15 @@ and the gRPC service serves whichever it is given.
 
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol, Self
+
+import msgspec
 
 from hedgerow.errors import DeadlineExceeded
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata
 
 
-@dataclass(frozen=True, slots=True)
-class Deadline:
+class Deadline(msgspec.Struct, frozen=True):
     """A point on the monotonic clock, in seconds, after which nobody waits for the answer."""
 
     at: float
@@ -45,8 +45,7 @@ class Deadline:
             raise DeadlineExceeded(f"the deadline passed before {doing}")
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(msgspec.Struct, frozen=True):
     """What a policy may know of a backend without asking it: never blocks, may be a moment old.
 
     Latencies are in seconds over recent answers; None while there are none.
@@ -59,8 +58,7 @@ class Snapshot:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelState:
+class ModelState(msgspec.Struct, frozen=True):
     """One model in one version, as the repository index lists it."""
 
     name: str

@@ -22,10 +22,11 @@ import math
 import struct
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from hedgerow.backend import Around, Backend, Deadline

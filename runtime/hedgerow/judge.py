@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
 from hedgerow.backend import Backend, Deadline
 from hedgerow.errors import HedgerowError, InvalidRelease, ModelNotFound, ModelNotReady
 from hedgerow.gate import Gate, Guarantee, covers, mismatch
@@ -27,8 +29,7 @@ NO_RELEASE = "no release on the device"
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True):
     """The gate for one answer, or in words why there is none."""
 
     gate: Gate | None

@@ -14,11 +14,12 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from hedgerow import wire
@@ -60,6 +61,11 @@ _TYPED: dict[str, tuple[str, np.dtype[Any]]] = {
     "FP64": ("fp64_contents", np.dtype("f8")),
     "BYTES": ("bytes_contents", np.dtype(object)),
 }
+MAX_REMEMBERED = 1024
+"""Parts of messages of a kind that are remembered;"""
+MAX_REMEMBERED_CHARS = 256
+"""texts that are longer are not."""
+_DOUBLE = struct.Struct("<d")
 _LENGTH = struct.Struct("<I")  # before each BYTES element
 
 
@@ -107,28 +113,18 @@ def request_from_proto(
 
 def request_to_proto(request: InferRequest) -> oip_pb2.ModelInferRequest:
     """The message for `request`, inputs raw; raises `InvalidInput` if an array is not of its datatype."""
-    message, raws = _request_parts(request)
-    message.raw_input_contents.extend(map(bytes, raws))
-    return message
+    return oip_pb2.ModelInferRequest.FromString(request_to_bytes(request))
 
 
 def request_to_bytes(request: InferRequest) -> bytes:
     """`request_to_proto`, serialised; large inputs are copied once."""
-    message, raws = _request_parts(request)
-    return wire.join(message.SerializeToString(), wire.RAW_INPUTS, raws)
-
-
-def _request_parts(request: InferRequest) -> tuple[oip_pb2.ModelInferRequest, list[Raw]]:
-    tensor_message = oip_pb2.ModelInferRequest.InferInputTensor
-    message = oip_pb2.ModelInferRequest(
-        model_name=request.model,
-        model_version=request.version,
-        id=request.id,
-        parameters=_parameters_to_proto(request.parameters),
-        inputs=[tensor_message(name=t.name, datatype=t.datatype, shape=t.shape) for t in request.inputs],
-        outputs=[oip_pb2.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in request.outputs],
-    )
-    return message, [_to_raw("input", t, InvalidInput) for t in request.inputs]
+    parts = _parts(request, request.inputs)
+    if request.outputs:
+        wanted = oip_pb2.ModelInferRequest.InferRequestedOutputTensor
+        parts.append(
+            oip_pb2.ModelInferRequest(outputs=[wanted(name=name) for name in request.outputs]).SerializeToString()
+        )
+    return wire.join(parts, wire.RAW_INPUTS, [_to_raw("input", one, InvalidInput) for one in request.inputs])
 
 
 def response_from_bytes(raw: bytes) -> InferResponse:
@@ -155,27 +151,13 @@ def response_from_proto(message: oip_pb2.ModelInferResponse, raws: Raws | None =
 
 def response_to_proto(response: InferResponse) -> oip_pb2.ModelInferResponse:
     """The message for `response`, outputs raw; raises `EngineFault` if an array is not of its datatype."""
-    message, raws = _response_parts(response)
-    message.raw_output_contents.extend(map(bytes, raws))
-    return message
+    return oip_pb2.ModelInferResponse.FromString(response_to_bytes(response))
 
 
 def response_to_bytes(response: InferResponse) -> bytes:
     """`response_to_proto`, serialised; large outputs are copied once."""
-    message, raws = _response_parts(response)
-    return wire.join(message.SerializeToString(), wire.RAW_OUTPUTS, raws)
-
-
-def _response_parts(response: InferResponse) -> tuple[oip_pb2.ModelInferResponse, list[Raw]]:
-    tensor_message = oip_pb2.ModelInferResponse.InferOutputTensor
-    message = oip_pb2.ModelInferResponse(
-        model_name=response.model,
-        model_version=response.version,
-        id=response.id,
-        parameters=_parameters_to_proto(response.parameters),
-        outputs=[tensor_message(name=t.name, datatype=t.datatype, shape=t.shape) for t in response.outputs],
-    )
-    return message, [_to_raw("output", t, EngineFault) for t in response.outputs]
+    raws = [_to_raw("output", one, EngineFault) for one in response.outputs]
+    return wire.join(_parts(response, response.outputs), wire.RAW_OUTPUTS, raws)
 
 
 def classified(response: InferResponse, message: oip_pb2.ModelInferRequest, metadata: ModelMetadata) -> InferResponse:
@@ -395,8 +377,46 @@ def _parameters_from_proto(
     return plain
 
 
-def _parameters_to_proto(parameters: Mapping[str, Parameter]) -> dict[str, oip_pb2.InferParameter]:
-    return {key: _parameter_to_proto(key, value) for key, value in parameters.items()}
+def _parts(message: InferRequest | InferResponse, tensors: Sequence[Tensor]) -> list[bytes]:
+    """What requests and answers have in common, serialised: fields 1 to 5 mean the same in both, says the protocol.
+
+    The encoding of a message is that of its fields, one after the other, in any order. Most of them are the same in
+    each message of a model, so they are remembered.
+    """
+    parts = [_head(message.model, message.version)]
+    if message.id:
+        parts.append(oip_pb2.ModelInferResponse(id=message.id).SerializeToString())
+    for key, value in message.parameters.items():
+        if len(key) > MAX_REMEMBERED_CHARS or (isinstance(value, str) and len(value) > MAX_REMEMBERED_CHARS):
+            parts.append(_parameter.__wrapped__(key, value))
+        elif isinstance(value, float):
+            parts += (_double(key), _DOUBLE.pack(value))
+        else:
+            parts.append(_parameter(key, value))
+    parts += [_tensor(one.name, one.datatype, one.array.shape) for one in tensors]
+    return parts
+
+
+@lru_cache(MAX_REMEMBERED)
+def _head(model: str, version: str) -> bytes:
+    return oip_pb2.ModelInferResponse(model_name=model, model_version=version).SerializeToString()
+
+
+@lru_cache(MAX_REMEMBERED)
+def _tensor(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
+    tensor = oip_pb2.ModelInferResponse.InferOutputTensor(name=name, datatype=datatype, shape=shape)
+    return oip_pb2.ModelInferResponse(outputs=[tensor]).SerializeToString()
+
+
+@lru_cache(MAX_REMEMBERED, typed=True)
+def _parameter(key: str, value: Parameter) -> bytes:
+    return oip_pb2.ModelInferResponse(parameters={key: _parameter_to_proto(key, value)}).SerializeToString()
+
+
+@lru_cache(MAX_REMEMBERED)
+def _double(key: str) -> bytes:
+    """A parameter that is a float, up to its value."""
+    return _parameter.__wrapped__(key, 1.0)[: -_DOUBLE.size]
 
 
 def _parameter_to_proto(key: str, value: Parameter) -> oip_pb2.InferParameter:

@@ -10,8 +10,11 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from hedgerow import policies
 from hedgerow.backend import Backend, Deadline, ModelState, Snapshot
@@ -109,8 +112,7 @@ class Route:
         return self.cloud_model or self.model
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Observation:
+class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """An escalated request with both answers: what teaches, and what audits the gate."""
 
     request: InferRequest

@@ -4,9 +4,9 @@ Their form on the wire is `hedgerow.messages`' business.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
@@ -33,8 +33,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 _DATATYPES = {dtype.str[1:]: datatype for datatype, dtype in DTYPES.items() if datatype not in {"BF16", "BYTES"}}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(msgspec.Struct, frozen=True):
     """What a model takes or gives: OIP `datatype` ("FP32", "BYTES", ...) and shape, -1 for any size."""
 
     name: str
@@ -42,8 +41,7 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelMetadata:
+class ModelMetadata(msgspec.Struct, frozen=True):
     """A model's interface. `properties` travel to clients as they are (OIP `properties`)."""
 
     name: str
@@ -51,11 +49,10 @@ class ModelMetadata:
     platform: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    properties: Mapping[str, str] = field(default_factory=dict)
+    properties: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(msgspec.Struct, frozen=True):
     """A named array. BYTES arrays have dtype object and hold `bytes`; BF16 arrays hold their bits as uint16."""
 
     name: str
@@ -74,8 +71,7 @@ TENANT_KEY: Final = "hedgerow-tenant"
 """In a call's metadata: who asks, where whoever stands before us vouches for it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
     """Where a request comes from: what travels in a call's metadata, not in its message."""
 
     tenant: str = ""
@@ -87,8 +83,7 @@ class Origin:
     tracestate: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InferRequest:
+class InferRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request. An empty `version` leaves the choice to the backend; empty `outputs` means all of them."""
 
     model: str
@@ -96,7 +91,7 @@ class InferRequest:
     version: str = ""
     id: str = ""
     outputs: tuple[str, ...] = ()
-    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    parameters: Mapping[str, Parameter] = msgspec.field(default_factory=dict)
     origin: Origin = Origin()
 
     def input(self, name: str) -> NDArray[Any]:
@@ -121,18 +116,17 @@ class Run:
         return type(None), ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InferResponse:
+class InferResponse(msgspec.Struct, frozen=True, kw_only=True):
     """One answer, of the version that gave it. `parameters` explain it: see `hedgerow.router`."""
 
     model: str
     version: str
     outputs: tuple[Tensor, ...]
     id: str = ""
-    parameters: Mapping[str, Parameter] = field(default_factory=dict)
-    run: Run | None = field(default=None, compare=False, repr=False)
+    parameters: Mapping[str, Parameter] = msgspec.field(default_factory=dict)
+    run: Run | None = None
     """Where it came out together with others; its own rows are those from `first` on."""
-    first: int = field(default=0, compare=False, repr=False)
+    first: int = 0
 
     def output(self, name: str) -> NDArray[Any]:
         """The array of the output called `name`; KeyError if there is none."""

@@ -6,6 +6,7 @@ in one go (the encoding: protobuf.dev/programming-guides/encoding).
 """
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -49,9 +50,9 @@ def lift(raw: bytes, number: int) -> tuple[bytes, list[memoryview]]:
     return b"".join(kept), lifted
 
 
-def join(head: bytes, number: int, fields: Iterable[bytes | memoryview]) -> bytes:
-    """The message `head` with `fields` as its fields `number`."""
-    parts: list[bytes | memoryview] = [head]
+def join(head: Iterable[bytes], number: int, fields: Iterable[bytes | memoryview]) -> bytes:
+    """The message whose beginning is `head`, with `fields` as its fields `number`."""
+    parts: list[bytes | memoryview] = [*head]
     tag = _encoded(number << 3 | _BYTES)
     for field in fields:
         parts += (tag, _encoded(len(field) if isinstance(field, bytes) else field.nbytes), field)
@@ -75,6 +76,7 @@ def _varint(raw: Sequence[int], position: int) -> tuple[int, int]:
             raise DecodeError("a number is too long")
 
 
+@lru_cache(1024)
 def _encoded(value: int) -> bytes:
     encoded = bytearray()
     while value >= 128:

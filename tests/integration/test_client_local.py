@@ -1,16 +1,17 @@
 """What only the clients without gRPC have to get right: their event loop, and arrays shared with the caller."""
 
 import asyncio
+import dataclasses
 import re
 import textwrap
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from simulators import models
 from simulators.background import in_background
 from simulators.clients import TIMEOUT_S, Explaining
@@ -68,7 +69,7 @@ def test_a_model_file_answers_on_a_device_as_it_does_over_the_wire(tmp_path: Pat
         assert mine.outputs["logits"].tolist() == yours.outputs["logits"].tolist()
         assert not mine.outputs["logits"].flags.writeable
         assert not yours.outputs["logits"].flags.writeable
-        assert replace(mine, outputs={}) == replace(yours, outputs={})
+        assert dataclasses.replace(mine, outputs={}) == dataclasses.replace(yours, outputs={})
     assert [int(one.outputs["logits"].argmax()) for one in local[:2]] == [3, 4]
     assert local[0].tier == "edge"
 

@@ -1,17 +1,18 @@
 """A model host under load and under fire: swaps, queues, deadlines, bad input, nonsense answers. Real ONNX models."""
 
 import asyncio
+import dataclasses
 import hashlib
 import math
 import time
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnx
 import pytest
+from msgspec.structs import replace
 from simulators import models
 
 from hedgerow import engines
@@ -87,7 +88,7 @@ async def slow_model(host: ModelHost, folder: Path) -> None:
 
 async def test_answers_with_what_the_file_says(host: ModelHost, engine: str, tmp_path: Path) -> None:
     path = models.classifier(tmp_path / "m.onnx", extra=True)
-    await host.load_file(replace(file(path, "7", engine), precision="fp32"))
+    await host.load_file(dataclasses.replace(file(path, "7", engine), precision="fp32"))
     assert await host.ready("digits")
     assert not await host.ready("digits", "6")
     properties = (await host.metadata("digits", "7")).properties
@@ -295,7 +296,7 @@ async def test_a_file_that_cannot_serve_leaves_what_serves_alone(host: ModelHost
     good = models.classifier(tmp_path / "good.onnx")
     await host.load_file(file(good, "1"))
     with pytest.raises(InvalidRelease, match="sha256"):
-        await host.load_file(replace(file(good, "2"), sha256="0" * 64))
+        await host.load_file(dataclasses.replace(file(good, "2"), sha256="0" * 64))
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     with pytest.raises(EngineFault):
         await host.load_file(file(tmp_path / "bad.onnx", "2"))
@@ -344,7 +345,7 @@ async def caught(answer: Coroutine[object, object, InferResponse]) -> Exception:
 
 async def test_labels_keep_their_places_or_are_refused(host: ModelHost, tmp_path: Path) -> None:
     path = models.classifier(tmp_path / "m.onnx")
-    await host.load_file(replace(file(path), labels=("none", "", "cat")))
+    await host.load_file(dataclasses.replace(file(path), labels=("none", "", "cat")))
     assert (await host.metadata("digits")).properties["labels"] == "none,,cat"
     with pytest.raises(InvalidRelease, match="'tench, Tinca tinca'"):
-        await host.load_file(replace(file(path), labels=("tench, Tinca tinca", "cat")))
+        await host.load_file(dataclasses.replace(file(path), labels=("tench, Tinca tinca", "cat")))

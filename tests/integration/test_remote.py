@@ -5,13 +5,13 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from typing import Any
 
 import grpc
 import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from simulators import cloud as clouds
 from simulators import models
 from simulators.cloud import MODEL, Cloud

@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import grpc
 import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from onnx import TensorProto
 from simulators import models
 from simulators.cloud import MODEL, Cloud

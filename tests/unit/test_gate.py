@@ -2,7 +2,6 @@
 
 import math
 import pickle
-from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from hedgerow.gate import SCORES, Gate, Guarantee, confidence, covers, mismatch

@@ -37,7 +37,7 @@ def test_fields_may_stand_anywhere(first: list[bytes], last: list[bytes]) -> Non
 @given(RAWS)
 def test_what_is_joined_is_what_protobuf_reads(raws: list[bytes]) -> None:
     head = oip_pb2.ModelInferResponse(model_name="m").SerializeToString()
-    whole = oip_pb2.ModelInferResponse.FromString(join(head, RAW_OUTPUTS, [memoryview(raw) for raw in raws]))
+    whole = oip_pb2.ModelInferResponse.FromString(join([head], RAW_OUTPUTS, [memoryview(raw) for raw in raws]))
     assert whole == oip_pb2.ModelInferResponse(model_name="m", raw_output_contents=raws)
 
 

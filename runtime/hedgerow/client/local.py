@@ -1,6 +1,7 @@
 """Clients of a `Backend` in this process: the calls, results and errors of those over gRPC, without any of it."""
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import (
@@ -10,10 +11,10 @@ from contextlib import (
     contextmanager,
     nullcontext,
 )
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from hedgerow.backend import Backend, Deadline
@@ -188,7 +189,7 @@ class _Local:
         request = ask.request
         # What has no form on the wire is not taken here either; all but numbers, which always have one, is written.
         text = tuple(one for one in request.inputs if one.datatype == "BYTES")
-        wanted = message(replace(ask, request=replace(request, inputs=text)))
+        wanted = message(dataclasses.replace(ask, request=replace(request, inputs=text)))
         metadata = await self._backend.metadata(request.model, request.version)
         check_request(request, metadata)
         return replace(request, inputs=tuple(_own(one) for one in request.inputs)), wanted, metadata

@@ -13,9 +13,10 @@ A new policy is a new file here with a function `plan`.
 import importlib
 import math
 import pkgutil
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
+
+import msgspec
 
 from hedgerow.backend import Snapshot
 from hedgerow.errors import ConfigError
@@ -38,8 +39,7 @@ class Privacy(StrEnum):
     """It never leaves the device."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """All that a policy knows of one request, now.
 
     `cloud` is None where the route has none. `gate_reason` says why no gate can judge the edge's answers; empty: one
@@ -56,8 +56,7 @@ class Facts:
     tried: frozenset[Tier] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(msgspec.Struct, frozen=True):
     """One tier to ask. `gated`: its answer must pass the gate. `degraded`: its answer is second best if it comes."""
 
     tier: Tier
@@ -65,8 +64,7 @@ class Attempt:
     degraded: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True):
     """Attempts in order, and `reasons`: what keeps it from being the plan one would wish for, in words."""
 
     attempts: tuple[Attempt, ...]

@@ -8,8 +8,10 @@ caller's W3C trace context, and what is sent on carries ours (`hedgerow.tensors.
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
+
+from msgspec.structs import replace
 
 from hedgerow import __version__
 from hedgerow.backend import Around, Backend, Deadline
@@ -166,6 +168,7 @@ class _TracedCall:
     def __init__(self, call: Call, headers: Mapping[str, str]) -> None:
         self.metadata = {**call.metadata, **headers}
         self.deadline = call.deadline
+        self.peer = call.peer
         self.write = call.write
 
 

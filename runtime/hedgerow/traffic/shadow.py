@@ -14,10 +14,11 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from hedgerow.backend import Around, Backend, Deadline
 from hedgerow.config import Count, Seconds, Settings, Share

@@ -15,7 +15,9 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from hedgerow.backend import Backend, Deadline, ModelState, Snapshot
 from hedgerow.errors import ConfigError, Forbidden, HedgerowError, InvalidInput, Unavailable

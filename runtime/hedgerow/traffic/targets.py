@@ -10,10 +10,11 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
+from msgspec.structs import replace
 
 from hedgerow.backend import Backend, Deadline
 from hedgerow.config import Settings
