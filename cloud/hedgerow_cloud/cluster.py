@@ -65,6 +65,30 @@ def local_ray() -> Iterator[None]:
                 ray.shutdown()
 
 
+def ray_address() -> str:
+    """Where other processes of this machine can join the Ray that runs here."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
+
+
+@contextlib.contextmanager
+def joined_ray(address: str) -> Iterator[None]:
+    """The Ray of another process of this machine, for the length of a ``with``; see `ray_address`."""
+    with exported(**_ENVIRONMENT):
+        import ray
+
+        ray._private.worker._worker_logs_enabled = False  # noqa: SLF001 (as above)
+        with _sigterm_kept() as ours:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            try:
+                if callable(ours):
+                    signal.signal(signal.SIGTERM, ours)
+                yield
+            finally:
+                ray.shutdown()
+
+
 def _start(folder: str) -> None:
     """Start Ray in `folder`; once more if that fails, as it may on a machine that is busy for a moment."""
     import ray

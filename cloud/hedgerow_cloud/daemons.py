@@ -58,9 +58,10 @@ async def fleet(config: Path, stop: asyncio.Event) -> None:
 
 async def serve(config: Path, stop: asyncio.Event) -> None:
     """Large models on Ray Serve."""
-    from hedgerow_cloud import serve as large
+    from hedgerow_cloud.serving import endpoint
+    from hedgerow_cloud.serving.settings import ServeSettings
 
-    await large.serve(load(large.ServeSettings, config), config.parent, stop)
+    await endpoint.serve(load(ServeSettings, config), config.parent, stop)
 
 
 def broker(config: Path) -> int:

@@ -35,8 +35,9 @@ from hedgerow.remote.backend import RemoteBackend
 from hedgerow.router import Route, Router, RouteSettings
 from hedgerow.service import Server
 from hedgerow.telemetry import metrics
-from hedgerow.telemetry.diagnostics import Diagnostics, Page, Pages, health
+from hedgerow.telemetry.diagnostics import Page, health, watched
 from hedgerow.telemetry.logs import configure_logging
+from hedgerow.traffic.tenants import identify
 from hedgerow_edge.exchange import Exchange
 from hedgerow_edge.front import Front
 from hedgerow_edge.installer import Installer
@@ -127,6 +128,8 @@ async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> Non
             control=host if settings.server.model_control else None,
             name="hedgerow-edge",
             batches=host.counts,
+            identify=identify(settings.tenants, settings.server),
+            shared_memory=settings.shared_memory,
             around=None if tracing is None else tracing.methods,
         )
         device_metrics = DeviceMetrics(installer, store)
@@ -135,6 +138,7 @@ async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> Non
             partial(metrics.of_router, router),
             lambda: metrics.of_host(host, router.routes),
             partial(metrics.of_remotes, () if cloud is None else (cloud,)),
+            front.metrics,
             device_metrics,
         )
 
@@ -143,8 +147,9 @@ async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> Non
             return Page(*runtime_metrics.page(accept))
 
         pages = {"/metrics": page, **health(server.service.ready)}
-        _note(store.folder / METRICS_FILE, await _watched(stack, settings.metrics.listen, pages))
+        _note(store.folder / METRICS_FILE, await watched(stack, settings.metrics.listen, pages))
         await stack.enter_async_context(server)
+        lifecycle.settle()
         _say_address(store.folder, server.address)
         if roots is None:
             await lifecycle.supervise(stop, front=front.run())
@@ -221,19 +226,6 @@ async def _load(model: str, static: StaticModel, base: Path, host: ModelHost, ro
         raise ConfigError(
             f"models.{model}.gate.output: the model has no output {static.gate.output!r}; it has {', '.join(outputs)}"
         )
-
-
-async def _watched(stack: AsyncExitStack, listen: str, pages: Pages) -> str:
-    """Let `pages` be read at `listen`; the address. Serving does not depend on it: what is in the way is said."""
-    if not listen:
-        return ""
-    try:
-        diagnostics = await stack.enter_async_context(Diagnostics(listen, pages))
-    except ConfigError as error:
-        _log.warning("there are no metrics to read: %s", error)
-        return ""
-    _log.info("metrics are at http://%s/metrics", diagnostics.address)
-    return diagnostics.address
 
 
 def _note(file: Path, address: str) -> None:

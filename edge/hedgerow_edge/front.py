@@ -9,10 +9,14 @@ students are held against students. What the settings do not ask for is not ther
 """
 
 import asyncio
+from collections.abc import Iterator
+
+from prometheus_client.core import Metric
 
 from hedgerow.backend import Backend
 from hedgerow.cache import CachedBackend
 from hedgerow.router import Router
+from hedgerow.telemetry.traffic import of_cache, of_quotas, of_shadows, of_splits
 from hedgerow.traffic.quotas import Quotas
 from hedgerow.traffic.shadow import Mirror, Shadow
 from hedgerow.traffic.split import Split
@@ -26,10 +30,12 @@ class Front:
         self._settings = settings
         self.edge = host
         """What answers on the device."""
+        self._cache: CachedBackend | None = None
         self._shadow: Shadow | None = None
         self._split: Split | None = None
+        self._quotas: Quotas | None = None
         if settings.cache.models:
-            self.edge = CachedBackend(self.edge, settings.cache)
+            self.edge = self._cache = CachedBackend(self.edge, settings.cache)
         if settings.shadows:
             mirrors = {model: Mirror(host, one, local=True) for model, one in settings.shadows.items()}
             self.edge = self._shadow = Shadow(self.edge, mirrors)
@@ -41,8 +47,15 @@ class Front:
             splits = {model: one.over(router, local=True) for model, one in self._settings.splits.items()}
             front = self._split = Split(router, splits)
         if self._settings.tenants is not None:
-            front = Quotas(front, self._settings.tenants)
+            front = self._quotas = Quotas(front, self._settings.tenants)
         return front
+
+    def metrics(self) -> Iterator[Metric]:
+        """What has come of it: a `telemetry.metrics.Source`."""
+        yield from of_cache(self._cache)
+        yield from of_splits({} if self._split is None else self._split.splits)
+        yield from of_shadows({} if self._shadow is None else self._shadow.mirrors)
+        yield from of_quotas(self._quotas)
 
     async def run(self) -> None:
         """Watch the splits and feed the shadows until cancelled."""

@@ -36,11 +36,12 @@ from hedgerow.gate import Gate
 from hedgerow.host.model_host import HostSettings
 from hedgerow.remote.backend import RemoteSettings, Target
 from hedgerow.router import RouteSettings
+from hedgerow.shared_memory.regions import SharedMemorySettings
 from hedgerow.telemetry.diagnostics import MetricsSettings
 from hedgerow.telemetry.logs import LogSettings, TracingSettings
-from hedgerow.traffic.quotas import TenantsSettings
 from hedgerow.traffic.shadow import ShadowSettings
 from hedgerow.traffic.split import SplitSettings
+from hedgerow.traffic.tenants import TenantsSettings
 from hedgerow_edge.installer import UpdateSettings
 from hedgerow_edge.samples import SampleSettings
 
@@ -101,6 +102,8 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
 
     device: DeviceSettings = DeviceSettings()
     server: ServerSettings = ServerSettings()
+    shared_memory: SharedMemorySettings | None = None
+    """Whether callers' tensors may lie in shared memory of this machine, and how much; absent: not."""
     host: HostSettings = HostSettings()
     link: LinkSettings = LinkSettings()
     trust: TrustSettings = TrustSettings()
@@ -113,7 +116,7 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
     shadows: dict[Name, ShadowSettings] = msgspec.field(default_factory=dict)
     """By the model on the device whose requests are shown to another one."""
     tenants: TenantsSettings | None = None
-    """Unset: no quotas."""
+    """Who asks, and how much they may; unset: no quotas, and callers are who they say."""
     cache: CacheSettings = CacheSettings()
     """Of answers on the device."""
     samples: SampleSettings = SampleSettings()

@@ -34,13 +34,14 @@ from hedgerow.config import Count, Settings
 from hedgerow.errors import DeadlineExceeded, Forbidden, HedgerowError, Overloaded
 from hedgerow.router import DEGRADED
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Tensor
+from hedgerow.traffic.facts import payload_bytes
 
 KEY_BYTES = 32
 """Of the digest that stands for a request: nobody finds two requests with the same one."""
 ENTRY_BYTES = 1024
 """Counted for an entry besides what its arrays and texts hold: the objects around them."""
-ELEMENT_BYTES = 48
-"""Counted for a BYTES element besides its bytes."""
+ELEMENT_BYTES = 56
+"""Counted for a BYTES element besides its bytes: the object, and where it is."""
 NEUTRAL = frozenset({"id", "priority", "timeout"})
 """Parameters that change nothing in an answer."""
 OURS = "hedgerow_"
@@ -142,7 +143,7 @@ class CachedBackend(Around):
     async def infer(self, request: InferRequest, deadline: Deadline) -> InferResponse:
         """See `Backend`: the answer that was kept, or that is being computed, or a new one."""
         counts = self.counts.get(request.model)
-        if counts is None or sum(map(_size, request.inputs)) > self._settings.max_request_bytes:
+        if counts is None or payload_bytes(request.inputs) > self._settings.max_request_bytes:
             return await self._backend.infer(request, deadline)
         key = request_key(request, await self._backend.metadata(request.model, request.version))
         while True:
@@ -251,14 +252,9 @@ def _read_only(array: NDArray[Any]) -> NDArray[Any]:
     return own
 
 
-def _size(tensor: Tensor) -> int:
-    """Bytes that a tensor takes, by and large."""
-    size = int(tensor.array.nbytes)
-    if tensor.array.dtype == object:
-        size += sum(len(element) + ELEMENT_BYTES for element in tensor.array.ravel().tolist())
-    return size
-
-
 def _response_size(response: InferResponse) -> int:
+    """Bytes that an answer takes with its key, by and large."""
     texts = (*response.parameters, *response.parameters.values(), *(one.name for one in response.outputs))
-    return KEY_BYTES + ENTRY_BYTES + sum(len(str(text)) for text in texts) + sum(map(_size, response.outputs))
+    elements = sum(one.array.size for one in response.outputs if one.array.dtype == object)
+    counted = KEY_BYTES + ENTRY_BYTES + ELEMENT_BYTES * elements + sum(len(str(text)) for text in texts)
+    return counted + payload_bytes(response.outputs)

@@ -34,6 +34,8 @@ class ServerSettings(Settings, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: Port = 8001
     """0: any free port."""
+    reuse_port: bool = False
+    """Whether other processes of the same user may listen there too (SO_REUSEPORT), which share the connections."""
     max_message_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] = 2**31 - 1
     drain_s: Seconds = 10.0
     """How long requests in flight may take at shutdown."""

@@ -12,6 +12,7 @@
     ├── Overloaded              a queue or a budget is full                RESOURCE_EXHAUSTED
     ├── DeadlineExceeded        the caller's time is up                    DEADLINE_EXCEEDED
     ├── Forbidden               the caller may not, or privacy says no     PERMISSION_DENIED
+    ├── Unauthenticated         the caller does not prove who it is        UNAUTHENTICATED
     ├── Unsupported             this server does not do that               UNIMPLEMENTED
     ├── EngineFault             the engine crashed or answered nonsense    INTERNAL
     ├── ConfigError             a setting is missing or wrong              FAILED_PRECONDITION
@@ -95,6 +96,12 @@ class Forbidden(HedgerowError):
     """The caller may not do this, or the request's privacy class rules it out."""
 
     status = grpc.StatusCode.PERMISSION_DENIED
+
+
+class Unauthenticated(HedgerowError):
+    """The caller does not prove who it is, and has to."""
+
+    status = grpc.StatusCode.UNAUTHENTICATED
 
 
 class Unsupported(HedgerowError):

@@ -70,15 +70,15 @@ _LENGTH = struct.Struct("<I")  # before each BYTES element
 
 
 def request_from_bytes(raw: bytes) -> tuple[oip_pb2.ModelInferRequest, Raws]:
-    """The message in `raw`, and the raw contents, which it is without if they are large: for `request_from_proto`.
-
-    Raises `DecodeError`.
-    """
+    """The message in `raw`, and the raw contents, which it is without if they are large: for `request_from_proto`."""
     if len(raw) >= wire.WORTHWHILE_BYTES:
         with suppress(DecodeError):
             head, raws = wire.lift(raw, wire.RAW_INPUTS)
             return oip_pb2.ModelInferRequest.FromString(head), raws
-    message = oip_pb2.ModelInferRequest.FromString(raw)
+    try:
+        message = oip_pb2.ModelInferRequest.FromString(raw)
+    except DecodeError as error:
+        raise InvalidInput("the request is no valid inference.ModelInferRequest") from error
     return message, message.raw_input_contents
 
 
@@ -124,7 +124,7 @@ def request_to_bytes(request: InferRequest) -> bytes:
         parts.append(
             oip_pb2.ModelInferRequest(outputs=[wanted(name=name) for name in request.outputs]).SerializeToString()
         )
-    return wire.join(parts, wire.RAW_INPUTS, [_to_raw("input", one, InvalidInput) for one in request.inputs])
+    return wire.join(parts, wire.RAW_INPUTS, [to_raw("input", one, InvalidInput) for one in request.inputs])
 
 
 def response_from_bytes(raw: bytes) -> InferResponse:
@@ -156,7 +156,7 @@ def response_to_proto(response: InferResponse) -> oip_pb2.ModelInferResponse:
 
 def response_to_bytes(response: InferResponse) -> bytes:
     """`response_to_proto`, serialised; large outputs are copied once."""
-    raws = [_to_raw("output", one, EngineFault) for one in response.outputs]
+    raws = [to_raw("output", one, EngineFault) for one in response.outputs]
     return wire.join(_parts(response, response.outputs), wire.RAW_OUTPUTS, raws)
 
 
@@ -344,7 +344,8 @@ def _from_contents(where: str, message: _TensorMessage, count: int, fault: type[
     return exact
 
 
-def _to_raw(kind: str, tensor: Tensor, fault: type[HedgerowError]) -> Raw:
+def to_raw(kind: str, tensor: Tensor, fault: type[HedgerowError]) -> Raw:
+    """The raw contents of `tensor`, an input or an output; raises `fault` if its array is not of its datatype."""
     where, array = f"{kind} {tensor.name!r}", tensor.array
     wanted = DTYPES.get(tensor.datatype)
     if wanted is None:

@@ -6,8 +6,7 @@ here and nowhere else. A service is a table of `Method` by path; `hedgerow.trans
 
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
@@ -39,6 +38,11 @@ class Call(Protocol):
         """Until when the caller waits."""
         ...
 
+    @property
+    def peer(self) -> str:
+        """The name in the caller's certificate, which was verified (`hedgerow.identity`); empty: it has none."""
+        ...
+
     async def write(self, message: bytes) -> None:
         """Send one of several answers; returns when there is room for the next."""
         ...
@@ -61,6 +65,7 @@ _ERRORS: dict[grpc.StatusCode, type[HedgerowError]] = {
         errors.Overloaded,
         errors.DeadlineExceeded,
         errors.Forbidden,
+        errors.Unauthenticated,
         errors.Unsupported,
     )
 }
@@ -111,15 +116,8 @@ def methods(
 
 def parse(kind: type[M], raw: bytes) -> M:
     """The message of `kind` in `raw`; raises `InvalidInput` if it is none."""
-    with readable(kind):
-        return kind.FromString(raw)
-
-
-@contextmanager
-def readable(kind: type[Message]) -> Iterator[None]:
-    """Turns what parsing a message of `kind` raises into `InvalidInput`."""
     try:
-        yield
+        return kind.FromString(raw)
     except DecodeError as error:
         raise InvalidInput(f"the request is no valid {kind.DESCRIPTOR.full_name}") from error
 

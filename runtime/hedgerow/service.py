@@ -6,11 +6,11 @@ metadata, given what is left of the caller's deadline, answered by the backend, 
 """
 
 import asyncio
-import hmac
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
@@ -22,15 +22,17 @@ from hedgerow.config import ServerSettings
 from hedgerow.errors import (
     DeadlineExceeded,
     Forbidden,
+    HedgerowError,
     InvalidInput,
     ModelNotFound,
     ModelNotReady,
     Overloaded,
-    Unsupported,
 )
 from hedgerow.health import Health, reflection_methods
+from hedgerow.identity import Identify, Tokens, as_said, bearer, token_digest
 from hedgerow.lifecycle import InFlight
 from hedgerow.messages import (
+    Raws,
     classified,
     config_to_proto,
     metadata_to_proto,
@@ -39,14 +41,17 @@ from hedgerow.messages import (
     response_to_bytes,
     response_to_proto,
 )
+from hedgerow.overrides import check_config, wanted_config
 from hedgerow.proto import oip_pb2
-from hedgerow.rpc import Call, Method, Methods, address, details, methods, parse, public, readable
+from hedgerow.rpc import Call, Method, Methods, address, details, methods, parse, public
+from hedgerow.shared_memory.calls import SharedMemoryCalls
+from hedgerow.shared_memory.regions import Regions, SharedMemorySettings
+from hedgerow.shared_memory.tensors import SharedTensors, names_regions
 from hedgerow.statistics import BatchCounts, Statistics, Stopwatch
 from hedgerow.telemetry.logs import REQUEST
 from hedgerow.tensors import (
     HOPS_KEY,
     NOWHERE,
-    TENANT_KEY,
     InferRequest,
     InferResponse,
     ModelMetadata,
@@ -69,7 +74,7 @@ STATUS: Final = "hedgerow_status"
 """Parameter of a streamed error: the name of its gRPC status, for which the protocol has no place in a stream."""
 DECOUPLED: Final = "decoupled"
 """Property of a model that gives any number of answers to a request."""
-_ORIGIN: Final = frozenset({HOPS_KEY, TENANT_KEY, "traceparent", "tracestate"})
+_ORIGIN: Final = frozenset({HOPS_KEY, "traceparent", "tracestate"})
 
 SERVICE: Final = oip_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 _Queue = asyncio.Queue[oip_pb2.ModelStreamInferResponse | None]
@@ -85,9 +90,15 @@ class OipService:
         control: ModelControl | None,
         name: str,
         batches: Callable[[str], BatchCounts | None] = lambda _: None,
+        identify: Identify = as_said,
+        shared: SharedTensors | None = None,
     ) -> None:
         self._backend = backend
         self._batches = batches
+        self._identify = identify
+        self._shared = shared
+        token = settings.control_token
+        self._managers = Tokens([(token_digest(token), "control")]) if token else None
         self._settings = settings
         self._control = control
         self._name = name
@@ -98,6 +109,7 @@ class OipService:
     @property
     def methods(self) -> dict[str, Method]:
         """What to serve."""
+        regions = None if self._shared is None else self._shared.regions
         return methods(
             SERVICE,
             {
@@ -113,6 +125,7 @@ class OipService:
                 "RepositoryIndex": self.repository_index,
                 "RepositoryModelLoad": self.repository_model_load,
                 "RepositoryModelUnload": self.repository_model_unload,
+                **SharedMemoryCalls(regions, self._identify).handlers,
             },
             unparsed={"ModelInfer"},
         )
@@ -142,6 +155,8 @@ class OipService:
         extensions = ["classification", "model_configuration", "parameters", "statistics"]
         if self._control is not None:
             extensions.append("model_repository")
+        if self._shared is not None:
+            extensions.append("system_shared_memory")
         name = self._settings.compatibility or self._name
         return oip_pb2.ServerMetadataResponse(name=name, version=__version__, extensions=extensions)
 
@@ -152,19 +167,13 @@ class OipService:
     async def model_infer(self, raw: bytes, call: Call) -> bytes:
         """One answer to one request. From bytes to bytes, because large tensors are not parsed."""
         with self.statistics.request(call.deadline) as watch, self._admitted():
-            with readable(oip_pb2.ModelInferRequest):
-                message, raws = request_from_bytes(raw)
-            request = request_from_proto(message, origin(call.metadata), raws)
-            REQUEST.set(request)
-            deadline, timeout = self._deadline(request, call)
-            async with timeout:
-                metadata = await self._interface(request.model, request.version)
-                watch.asks(metadata)
-                check_request(request, metadata)
-                started = time.perf_counter_ns()
-                response = await self._backend.infer(request, deadline)
-                watch.answered(response.version, time.perf_counter_ns() - started)
-                return response_to_bytes(_answer(message, request, response, metadata))
+            caller = self._origin(call)
+            message, raws = request_from_bytes(raw)
+            if self._shared is not None and names_regions(message):
+                with self._shared.lent(message, raws) as (lent, places):
+                    response = await self._inferred(message, lent, caller, call, watch)
+                    return self._shared.placed(response, places).SerializeToString()
+            return response_to_bytes(await self._inferred(message, raws, caller, call, watch))
 
     async def model_stream_infer(self, raws: AsyncIterator[bytes], call: Call) -> None:
         """The answers of many requests, in the order of the requests; a request that fails says so in its place."""
@@ -231,12 +240,18 @@ class OipService:
     async def repository_model_load(
         self, request: oip_pb2.RepositoryModelLoadRequest, call: Call
     ) -> oip_pb2.RepositoryModelLoadResponse:
-        """Load or reload a model from where it was configured."""
-        control = self._allowed_control(call)
-        if request.parameters:
-            names = ", ".join(sorted(request.parameters))
-            raise Unsupported(f"loading {request.model_name!r} with {names} is not supported here")
-        await control.load(request.model_name)
+        """Load or reload a model from where it was configured, as it was configured: see `overrides`."""
+        control, model = self._allowed_control(call), request.model_name
+        try:
+            wanted = wanted_config(request.parameters)
+            if wanted.ByteSize():
+                check_config(wanted, config_to_proto(await self._backend.metadata(model)))
+            await control.load(model)
+        except HedgerowError as error:
+            if self._settings.compatibility == "triton":
+                text = f"failed to load {model!r}: {error}"
+                raise type(error)(text, retry_after_s=error.retry_after_s) from error
+            raise
         return oip_pb2.RepositoryModelLoadResponse()
 
     async def repository_model_unload(
@@ -246,13 +261,42 @@ class OipService:
         await self._allowed_control(call).unload(request.model_name)
         return oip_pb2.RepositoryModelUnloadResponse()
 
+    async def _inferred(
+        self, message: oip_pb2.ModelInferRequest, raws: Raws, caller: Origin, call: Call, watch: Stopwatch
+    ) -> InferResponse:
+        request = request_from_proto(message, caller, raws)
+        REQUEST.set(request)
+        deadline, timeout = self._deadline(request, call)
+        async with timeout:
+            metadata = await self._interface(request.model, request.version)
+            watch.asks(metadata)
+            check_request(request, metadata)
+            started = time.perf_counter_ns()
+            response = await self._backend.infer(request, deadline)
+            watch.answered(response.version, time.perf_counter_ns() - started)
+            return _answer(message, request, response, metadata)
+
     def _allowed_control(self, call: Call) -> ModelControl:
         if self._control is None:
             raise Forbidden("this server does not let its callers manage models")
-        token, brought = self._settings.control_token, call.metadata.get("authorization", "")
-        if token and not hmac.compare_digest(brought.encode(), f"Bearer {token}".encode()):
+        if self._managers is not None and self._managers.owner(bearer(call.metadata)) is None:
             raise Forbidden("managing models needs this server's control token, as authorization: Bearer TOKEN")
         return self._control
+
+    def _origin(self, call: Call) -> Origin:
+        """Where a request comes from; raises if it does not come from whom it says."""
+        metadata, tenant = call.metadata, self._identify(call)
+        if not tenant and metadata.keys().isdisjoint(_ORIGIN):
+            return NOWHERE
+        hops = metadata.get(HOPS_KEY, "0")
+        if not hops.isdecimal() or len(hops) > 4:
+            raise InvalidInput(f"{HOPS_KEY} is {hops[:20]!r}; expected a small number")
+        return Origin(
+            tenant=tenant,
+            hops=int(hops),
+            traceparent=metadata.get("traceparent", ""),
+            tracestate=metadata.get("tracestate", ""),
+        )
 
     def _admitted(self) -> InFlight:
         """What counts a request while it is worked on; raises if no more are taken."""
@@ -295,11 +339,13 @@ class OipService:
             message = parse(oip_pb2.ModelInferRequest, raw)
             identity = message.id
             with self.statistics.request(call.deadline) as watch, self._admitted():
-                request = request_from_proto(message, origin(call.metadata))
-                REQUEST.set(request)
-                deadline, timeout = self._deadline(request, call)
-                async with timeout:
-                    await self._stream(message, request, deadline, answers, watch)
+                caller = self._origin(call)
+                if self._shared is not None and names_regions(message):
+                    with self._shared.lent(message, message.raw_input_contents) as (lent, places):
+                        placed = partial(self._shared.placed, places=places)
+                        await self._stream(message, lent, caller, call, answers, watch, placed)
+                else:
+                    await self._stream(message, message.raw_input_contents, caller, call, answers, watch)
         except Exception as unknown:  # noqa: BLE001 (one request's fault must not end the stream; `public` logs it)
             error = public(unknown, "ModelStreamInfer")
             failed = oip_pb2.ModelInferResponse(id=identity)
@@ -310,32 +356,38 @@ class OipService:
     async def _stream(
         self,
         message: oip_pb2.ModelInferRequest,
-        request: InferRequest,
-        deadline: Deadline,
+        raws: Raws,
+        caller: Origin,
+        call: Call,
         answers: _Queue,
         watch: Stopwatch,
+        to_proto: Callable[[InferResponse], oip_pb2.ModelInferResponse] = response_to_proto,
     ) -> None:
-        metadata = await self._interface(request.model, request.version)
-        watch.asks(metadata)
+        request = request_from_proto(message, caller, raws)
+        REQUEST.set(request)
+        deadline, timeout = self._deadline(request, call)
         # Who asks to be told of the last answer is: by an empty one after those of a model that gives any number.
         tell = request.parameters.get(FINAL_ASKED) is True
-        decoupled = metadata.properties.get(DECOUPLED) == "true"
-        check_request(request, metadata)
-        async with _closing(self._backend.stream(request, deadline)) as responses:
-            while True:
-                started = time.perf_counter_ns()
-                response = await anext(responses, None)
-                if response is None:
-                    break
-                watch.answered(response.version, time.perf_counter_ns() - started)
-                answer = response_to_proto(_answer(message, request, response, metadata))
-                if tell:
-                    answer.parameters[FINAL].bool_param = not decoupled
-                await answers.put(oip_pb2.ModelStreamInferResponse(infer_response=answer))
-        if tell and decoupled:
-            last = oip_pb2.ModelInferResponse(model_name=request.model, model_version=watch.version, id=request.id)
-            last.parameters[FINAL].bool_param = True
-            await answers.put(oip_pb2.ModelStreamInferResponse(infer_response=last))
+        async with timeout:
+            metadata = await self._interface(request.model, request.version)
+            watch.asks(metadata)
+            decoupled = metadata.properties.get(DECOUPLED) == "true"
+            check_request(request, metadata)
+            async with _closing(self._backend.stream(request, deadline)) as responses:
+                while True:
+                    started = time.perf_counter_ns()
+                    response = await anext(responses, None)
+                    if response is None:
+                        break
+                    watch.answered(response.version, time.perf_counter_ns() - started)
+                    answer = to_proto(_answer(message, request, response, metadata))
+                    if tell:
+                        answer.parameters[FINAL].bool_param = not decoupled
+                    await answers.put(oip_pb2.ModelStreamInferResponse(infer_response=answer))
+            if tell and decoupled:
+                last = oip_pb2.ModelInferResponse(model_name=request.model, model_version=watch.version, id=request.id)
+                last.parameters[FINAL].bool_param = True
+                await answers.put(oip_pb2.ModelStreamInferResponse(infer_response=last))
 
 
 class Server:
@@ -343,7 +395,8 @@ class Server:
 
     The backend stays its owner's to close. With a `control`, callers may load and unload models. `around` may put
     something around the methods that are served, such as spans (`telemetry.tracing`). `batches` gives what ran of
-    a model in the version that is serving, where somebody counts that.
+    a model in the version that is serving, where somebody counts that. `identify` says for which tenant a call is. With
+    `shared_memory`, tensors may lie there.
     """
 
     def __init__(
@@ -355,10 +408,16 @@ class Server:
         name: str = "hedgerow",
         around: Callable[[Methods], Methods] | None = None,
         batches: Callable[[str], BatchCounts | None] = lambda _: None,
+        identify: Identify = as_said,
+        shared_memory: SharedMemorySettings | None = None,
     ) -> None:
         self._settings = settings
         self._around = around
-        self.service = OipService(backend, settings, control, name, batches)
+        self._shared: SharedTensors | None = None
+        if shared_memory is not None:
+            regions = Regions(shared_memory, compatibility=settings.compatibility)
+            self._shared = SharedTensors(regions, shared_memory.max_copied_bytes)
+        self.service = OipService(backend, settings, control, name, batches, identify, self._shared)
         self.listener: transports.Listener | None = None
         """The transport, while it listens."""
         self.port = 0
@@ -394,6 +453,8 @@ class Server:
             drained = await self.service.inflight.idle(self._settings.drain_s)
         finally:
             await listener.stop(FLUSH_S if drained else 0)
+            if self._shared is not None:
+                self._shared.regions.unregister("")
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -401,21 +462,6 @@ class Server:
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
-
-
-def origin(metadata: Mapping[str, str]) -> Origin:
-    """Where a call with this `metadata` comes from."""
-    if metadata.keys().isdisjoint(_ORIGIN):
-        return NOWHERE
-    hops = metadata.get(HOPS_KEY, "0")
-    if not hops.isdecimal() or len(hops) > 4:
-        raise InvalidInput(f"{HOPS_KEY} is {hops[:20]!r}; expected a small number")
-    return Origin(
-        tenant=metadata.get(TENANT_KEY, ""),
-        hops=int(hops),
-        traceparent=metadata.get("traceparent", ""),
-        tracestate=metadata.get("tracestate", ""),
-    )
 
 
 def _answer(

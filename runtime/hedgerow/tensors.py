@@ -4,6 +4,7 @@ Their form on the wire is `hedgerow.messages`' business.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Final
 
 import msgspec
@@ -67,6 +68,8 @@ class Tensor(msgspec.Struct, frozen=True):
 
 HOPS_KEY: Final = "hedgerow-hops"
 """In a call's metadata: how many routers it has passed."""
+HOPS: Final[ContextVar[int]] = ContextVar("hops", default=0)
+"""How many the call has passed that is being answered, for what a backend is asked without a request."""
 TENANT_KEY: Final = "hedgerow-tenant"
 """In a call's metadata: who asks, where whoever stands before us vouches for it."""
 

@@ -1,7 +1,9 @@
 """Rules about what the protocol leaves to the server: extensions of Triton's, health, reflection."""
 
+import uuid
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,10 +20,23 @@ EXTENSIONS: dict[str, tuple[str, Any]] = {
     "model_configuration": ("ModelConfig", oip_pb2.ModelConfigRequest),
     "statistics": ("ModelStatistics", oip_pb2.ModelStatisticsRequest),
     "model_repository": ("RepositoryIndex", oip_pb2.RepositoryIndexRequest),
+    "system_shared_memory": ("SystemSharedMemoryStatus", oip_pb2.SystemSharedMemoryStatusRequest),
 }
 """A call that shows whether the extension is there."""
 STREAM_IDS = [f"id-{i}" for i in range(12)]
 BAD_ID = STREAM_IDS[5]
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def is_loopback(address: str) -> bool:
+    return address.rpartition(":")[0] in {"127.0.0.1", "[::1]", "localhost"}
+
+
+def lies(parameters: Any, region: str, byte_size: int, offset: int) -> None:
+    """Say in a tensor's `parameters` where it lies."""
+    parameters["shared_memory_region"].string_param = region
+    parameters["shared_memory_byte_size"].int64_param = byte_size
+    parameters["shared_memory_offset"].int64_param = offset
 
 
 class ExtensionRules(Rules):
@@ -76,6 +91,35 @@ class ExtensionRules(Rules):
             value, _, rest = text.decode().partition(":")
             float(value)
             assert rest.partition(":")[0].isdigit()
+
+    @should
+    def test_tensors_may_lie_in_shared_memory(self, stub: Any, target: Target) -> None:
+        extensions = stub.ServerMetadata(oip_pb2.ServerMetadataRequest(), timeout=WAIT_S).extensions
+        if "system_shared_memory" not in extensions or not is_loopback(target.address):
+            pytest.skip("the server does not have it, or is not on this machine")
+        message = request(target)
+        expected = stub.ModelInfer(message, timeout=WAIT_S)
+        given = message.raw_input_contents[0]
+        name, size = expected.outputs[0].name, len(expected.raw_output_contents[0])
+        path = SHARED_MEMORY / f"oip-{uuid.uuid4().hex}"
+        path.write_bytes(given + bytes(size))
+        region: dict[str, Any] = {"name": path.name, "byte_size": len(given) + size}
+        try:
+            stub.SystemSharedMemoryRegister(
+                oip_pb2.SystemSharedMemoryRegisterRequest(key=f"/{path.name}", **region), timeout=WAIT_S
+            )
+            del message.raw_input_contents[0]
+            lies(message.inputs[0].parameters, path.name, len(given), 0)
+            lies(message.outputs.add(name=name).parameters, path.name, size, len(given))
+            answer = stub.ModelInfer(message, timeout=WAIT_S)
+            assert list(answer.outputs[0].shape) == list(expected.outputs[0].shape)
+            assert not any(answer.raw_output_contents)
+            assert path.read_bytes() == given + expected.raw_output_contents[0]
+            asked = oip_pb2.SystemSharedMemoryUnregisterRequest(name=path.name)
+            stub.SystemSharedMemoryUnregister(asked, timeout=WAIT_S)
+            refused(lambda: stub.ModelInfer(message, timeout=WAIT_S), grpc.StatusCode.NOT_FOUND)
+        finally:
+            path.unlink()
 
     @should
     def test_statistics_count_what_succeeded(self, stub: Any, target: Target) -> None:

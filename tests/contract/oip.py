@@ -70,7 +70,8 @@ class OipContract(OipConformance):
     def test_no_extension_is_listed_that_clients_would_miss(self, client: Any) -> None:
         metadata = client.get_server_metadata()
         assert set(metadata.extensions) <= {
-            "classification", "model_configuration", "model_repository", "parameters", "statistics"
+            "classification", "model_configuration", "model_repository", "parameters", "statistics",
+            "system_shared_memory",
         }  # fmt: skip
 
     def test_the_metadata_tells_what_the_model_really_takes(self, client: Any, target: Target) -> None:

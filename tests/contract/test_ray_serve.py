@@ -3,14 +3,14 @@
 import asyncio
 import logging
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import numpy as np
@@ -18,17 +18,24 @@ import pytest
 import tritonclient.grpc as triton
 from contract.oip import OipContract, Target, refused, request
 from numpy.typing import NDArray
+from prometheus_client.parser import text_string_to_metric_families
 from simulators.background import in_background
+from simulators.collector import collecting
 from simulators.models import CLASSES, FEATURES, classifier, slow
 
 from hedgerow import release
+from hedgerow.backend import Deadline
 from hedgerow.config import ServerSettings
 from hedgerow.errors import ConfigError, HedgerowError
 from hedgerow.lifecycle import supervise
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
 from hedgerow.service import Server
 from hedgerow_cloud.cluster import local_ray
-from hedgerow_cloud.serve import PING_TIMEOUT_S, ServeSettings, deployed, serve
+from hedgerow_cloud.local.broker import free_port
+from hedgerow_cloud.serving.backend import PING_TIMEOUT_S
+from hedgerow_cloud.serving.deployment import deployed
+from hedgerow_cloud.serving.endpoint import serve
+from hedgerow_cloud.serving.settings import ServeSettings
 
 pytestmark = [pytest.mark.cloud, pytest.mark.timeout(180)]
 
@@ -37,9 +44,12 @@ SLOW = "slow"
 SLOW_STEPS = 10_000
 """About ten seconds."""
 MAX_MESSAGE_BYTES = 2**20
-START_S = 60.0
+START_S = 120.0
 RECOVERY_S = 30.0
-STOP_S = 30.0
+STOP_S = 60.0
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+SPANS = ("inference.GRPCInferenceService/ModelInfer", f"serve {MODEL}", f"replica {MODEL}")
+"""From a call to the engine's process."""
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +106,7 @@ def replicas() -> list[dict[str, str]]:
 async def test_a_file_that_is_not_there_is_named_before_anything_starts(
     models: dict[str, str], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hedgerow_cloud.serve.local_ray", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr("hedgerow_cloud.serving.endpoint.local_ray", lambda: pytest.fail("Ray was started"))
     with pytest.raises(ConfigError, match=complaint):
         await serve(ServeSettings(models=models), tmp_path, asyncio.Event())
 
@@ -179,34 +189,72 @@ def test_a_replica_that_dies_is_unavailable_at_once_and_comes_back(
             time.sleep(0.1)  # between two looks: there is nothing to wait on from outside
         assert stub.ModelInfer(message, timeout=30).model_name == MODEL
         assert [one["name"] for one in replicas()] != [before["name"]]
-    said = [record.getMessage() for record in caplog.records if record.name == "hedgerow_cloud.serve"]
+    said = [record.getMessage() for record in caplog.records if record.name == "hedgerow_cloud.serving.backend"]
     assert len(said) == 2, said  # once when it was gone, once when it was back
 
 
-def test_the_daemon_serves_and_a_signal_ends_it_and_all_of_ray(file: Path, tmp_path: Path) -> None:
+def test_the_daemon_serves_by_two_processes_that_are_watched_and_traced_and_a_signal_ends_it_and_all_of_ray(
+    file: Path, tmp_path: Path
+) -> None:
     """Ray installs a SIGTERM handler of its own that would exit at once, with requests in flight."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port, watched = free_port(), free_port()
     config = tmp_path / "serve.toml"
-    config.write_text(f'[models]\n{MODEL} = "{file}"\n[server]\nport = {port}\n', encoding="utf-8")
-    command = [sys.executable, "-m", "hedgerow_cloud.daemons", "serve", "--config", str(config)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as daemon:
-        try:
-            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-                grpc.channel_ready_future(channel).result(START_S)
-                stub: Any = oip_pb2_grpc.GRPCInferenceServiceStub(channel)
-                message = request(Target("", MODEL, inputs, MAX_MESSAGE_BYTES))
-                assert stub.ModelInfer(message, timeout=30).model_name == MODEL
+    with collecting() as (collector, endpoint):
+        config.write_text(
+            f'processes = 2\n[models]\n{MODEL} = "{file}"\n[server]\nport = {port}\n'
+            f'[metrics]\nlisten = "127.0.0.1:{watched}"\n[tracing]\nendpoint = "{endpoint}"\n',
+            encoding="utf-8",
+        )
+        command = [sys.executable, "-m", "hedgerow_cloud.daemons", "serve", "--config", str(config)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as daemon:
+            try:
+                until(lambda: page(watched, "readyz") == "ready\n", START_S)
+                with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                    stub: Any = oip_pb2_grpc.GRPCInferenceServiceStub(channel)
+                    message = request(Target("", MODEL, inputs, MAX_MESSAGE_BYTES))
+                    traced = (("traceparent", f"00-{TRACE}-b7ad6b7169203331-01"),)
+                    assert stub.ModelInfer(message, timeout=30, metadata=traced).model_name == MODEL
+                until(lambda: samples(watched, "hedgerow_process_up") == {"1": 1, "2": 1}, START_S)
+                until(lambda: samples(watched, "hedgerow_remote_up") == {"1": 1, "2": 1}, START_S)
+                until(lambda: sum(samples(watched, "hedgerow_requests_total").values()) == 1, START_S)
+                until(lambda: len(collector.spans) >= len(SPANS), RECOVERY_S)  # they are sent every few seconds
                 family = descendants(daemon.pid)
-                assert len(family) > 3  # the parts of Ray
+                assert len(family) > 3 + 2  # the parts of Ray, and the two
                 daemon.send_signal(signal.SIGTERM)
                 output, _ = daemon.communicate(timeout=STOP_S)
-        finally:
-            daemon.kill()
+            finally:
+                daemon.kill()
     assert daemon.returncode == 0, output
     assert "Traceback" not in output
     assert "(raylet)" not in output
     assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+    by_name = {span.name: span for span in collector.spans}
+    assert set(by_name) == set(SPANS)
+    assert {span.trace_id.hex() for span in by_name.values()} == {TRACE}
+    assert [by_name[name].parent_span_id for name in SPANS[1:]] == [by_name[name].span_id for name in SPANS[:-1]]
+
+
+def until(done: Callable[[], bool], within_s: float) -> None:
+    deadline = Deadline.after(within_s)
+    while not done():
+        deadline.check("it came about")
+        time.sleep(0.1)  # another process's doing
+
+
+def page(port: int, path: str) -> str:
+    """What is there, or nothing while there is not."""
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/{path}", timeout=30) as answer:
+            return str(answer.read().decode())
+    except OSError:
+        return ""
+
+
+def samples(port: int, name: str) -> dict[str, float]:
+    """By process."""
+    families = text_string_to_metric_families(page(port, "metrics"))
+    found = [sample for family in families for sample in family.samples if sample.name == name]
+    return {sample.labels["process"]: sample.value for sample in found}
 
 
 def descendants(pid: int) -> list[int]:

@@ -11,6 +11,7 @@ import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from simulators import http2
 from simulators.certificates import Authority
 
 from hedgerow import transports
@@ -287,3 +288,39 @@ async def test_answers_that_are_not_one_are_the_servers_fault() -> None:
             assert (type(error), str(error), getattr(error, "retry_after_s", 0)) == (Unavailable, "later", None)
     finally:
         await server.stop(0)
+
+
+async def test_each_call_has_its_own_deadline_though_the_server_keeps_none() -> None:
+    async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(http2.settings())
+        while await reader.read(2**16):
+            pass
+        writer.close()
+
+    async with (
+        await asyncio.start_server(swallow, "127.0.0.1", 0) as server,
+        channel_to(server.sockets[0].getsockname()[1]) as channel,
+        asyncio.TaskGroup() as group,
+    ):
+        patient = group.create_task(failed(channel.unary(INFER, b"", 600.0)))
+        for _ in range(3):
+            soon = (failed(channel.unary(INFER, b"", timeout_s)) for timeout_s in (0.2, 0.1, 0.3))
+            assert {type(error) for error in await asyncio.gather(*soon)} == {DeadlineExceeded}
+        assert not patient.done()
+        await channel.close()
+        assert isinstance(await patient, Unavailable)
+
+
+async def test_the_server_keeps_each_deadline_of_a_caller_that_does_not(
+    settings: Callable[..., ServerSettings],
+) -> None:
+    models = Models()
+    async with Server(models, settings()) as server, http2.RawConnection(f"127.0.0.1:{server.port}") as to:
+        for stream, timeout in ((1, "600S"), (3, "300m"), (5, "100m")):
+            to.send(to.call(stream, INFER, ask("never"), grpc_timeout=timeout))
+        for stream in (5, 3):
+            assert (await to.answer(stream)).grpc_status == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+        to.send(to.call(7, INFER, ask("never"), grpc_timeout="100m"))
+        assert (await to.answer(7)).grpc_status == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+        to.send(to.call(9, INFER, ask("echo", 5.0)))
+        assert answered((await to.answer(9)).message) == [5.0]

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 
 import msgspec
@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from msgspec.structs import replace
-from simulators import models
+from simulators import models, puppet_engine
 
 from hedgerow import engines
 from hedgerow.backend import Deadline
@@ -29,6 +29,7 @@ from hedgerow.errors import (
     Unavailable,
 )
 from hedgerow.host.model_host import BatchSettings, HostSettings, ModelFile, ModelHost, Staged
+from hedgerow.isolation.session import IsolationSettings
 from hedgerow.tensors import InferRequest, InferResponse, tensor
 
 SLOW_S = 0.15
@@ -349,3 +350,143 @@ async def test_labels_keep_their_places_or_are_refused(host: ModelHost, tmp_path
     assert (await host.metadata("digits")).properties["labels"] == "none,,cat"
     with pytest.raises(InvalidRelease, match="'tench, Tinca tinca'"):
         await host.load_file(dataclasses.replace(file(path), labels=("tench, Tinca tinca", "cat")))
+
+
+# -- loading that hangs
+
+
+@pytest.fixture
+def puppets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the engine "puppet" in this process."""
+    load = engines.load
+    monkeypatch.setattr(engines, "load", lambda name: puppet_engine if name == "puppet" else load(name))
+
+
+def puppet(folder: Path, name: str, text: str, version: str = "1") -> ModelFile:
+    """A model that does what `text` says when it is opened and, in a second line, closed."""
+    path = folder / f"{name}-{version}"
+    path.write_text(text)
+    return ModelFile(name, version, path, engine="puppet")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 (nobody tells)
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+async def patient(puppets: None, tmp_path: Path) -> AsyncIterator[ModelHost]:
+    """A host that waits for models for as long as the test does, whose hanging threads end with it."""
+    host = ModelHost(HostSettings(loaders=2, load_timeout_s=600.0))
+    yield host
+    (tmp_path / "let").touch()
+    await host.close()
+
+
+@pytest.fixture
+async def hasty(puppets: None, tmp_path: Path) -> AsyncIterator[ModelHost]:
+    """A host that gives up at once on what it has begun to load."""
+    isolation = {"alone": IsolationSettings()}
+    host = ModelHost(HostSettings(load_timeout_s=0.001, max_hung_loads=2, isolation=isolation))
+    yield host
+    (tmp_path / "let").touch()
+    await until(lambda: host.hung_loads == 0)
+    await host.close()
+
+
+async def test_a_model_that_hangs_while_it_loads_keeps_no_other_from_loading_and_answering(
+    patient: ModelHost, tmp_path: Path
+) -> None:
+    async with asyncio.TaskGroup() as group:
+        hanging = group.create_task(patient.load_file(puppet(tmp_path, "hangs", f"wait {tmp_path / 'let'}")))
+        await patient.load_file(file(models.classifier(tmp_path / "m.onnx")))
+        assert await label(patient, 3) == 3
+        assert not hanging.done()
+        (tmp_path / "let").touch()
+    assert await patient.ready("hangs")
+
+
+async def test_more_models_than_loaders_wait_for_their_turn(patient: ModelHost, tmp_path: Path) -> None:
+    async with asyncio.TaskGroup() as group:
+        for index in range(2):
+            hangs = puppet(tmp_path, f"hangs{index}", f"wait {tmp_path / 'let'}")
+            group.create_task(patient.load_file(hangs))
+        await asyncio.sleep(0)
+        waits = group.create_task(patient.load_file(puppet(tmp_path, "waits", f"touch {tmp_path / 'opened'}")))
+        await asyncio.sleep(0.05)  # time to do wrong; on a slow machine it just might not be noticed
+        assert not (tmp_path / "opened").exists()
+        (tmp_path / "let").touch()
+    assert waits.done()
+    assert (tmp_path / "opened").exists()
+
+
+async def test_a_load_that_takes_too_long_is_given_up_and_closed_should_it_come_back(
+    hasty: ModelHost, tmp_path: Path
+) -> None:
+    closed = tmp_path / "closed"
+    hangs = puppet(tmp_path, "hangs", f"wait {tmp_path / 'let'}\ntouch {closed}")
+    with pytest.raises(EngineFault, match=r"hangs 1 cannot be loaded: it was not open within 0\.001 s"):
+        await hasty.load_file(hangs)
+    assert hasty.hung_loads == 1
+    assert hasty.memory_bytes > 0, "what it has taken is not given back"
+    assert not await hasty.ready("hangs")
+    (tmp_path / "let").touch()
+    await until(lambda: hasty.hung_loads == 0)
+    await until(closed.exists)
+    assert hasty.memory_bytes == 0
+
+
+async def test_with_too_many_that_hang_no_more_are_loaded_in_this_process_and_it_says_so(
+    hasty: ModelHost, tmp_path: Path
+) -> None:
+    for index in range(2):
+        with pytest.raises(EngineFault, match="was not open"):
+            await hasty.load_file(puppet(tmp_path, f"hangs{index}", f"wait {tmp_path / 'let'}"))
+    good = puppet(tmp_path, "good", "open")
+    with pytest.raises(ModelNotReady, match="good is not loaded: 2 models hang"):
+        await hasty.load_file(good)
+    isolated = dataclasses.replace(file(models.classifier(tmp_path / "m.onnx")), model="alone")
+    with pytest.raises(EngineFault, match="alone 1 cannot be loaded: it was not open"):  # but it was tried
+        await hasty.load_file(isolated)
+    (tmp_path / "let").touch()
+    await until(lambda: hasty.hung_loads == 0)
+    with pytest.raises(EngineFault, match="good 1 cannot be loaded"):  # tried again, by a host as hasty as ever
+        await hasty.load_file(puppet(tmp_path, "good", f"wait {tmp_path / 'never'}"))
+    (tmp_path / "never").touch()
+
+
+async def test_a_model_that_hangs_while_it_is_closed_is_given_up_as_well(puppets: None, tmp_path: Path) -> None:
+    host = ModelHost(HostSettings(loaders=1, load_timeout_s=1.0, drain_s=0.001))
+
+    async def loaded(puppet: ModelFile) -> None:
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    return await host.load_file(puppet)
+                except (EngineFault, ModelNotReady):  # a machine so slow that even this took too long
+                    await asyncio.sleep(0.1)
+
+    await loaded(puppet(tmp_path, "hangs", f"open\nwait {tmp_path / 'let'}"))
+    await host.unload("hangs")
+    await loaded(puppet(tmp_path, "good", "open"))  # the only thread for it was taken until then
+    assert host.hung_loads >= 1
+    (tmp_path / "let").touch()
+    await until(lambda: host.hung_loads == 0)
+    await host.close()
+
+
+async def test_what_makes_room_is_closed_before_what_needs_it_is_opened(puppets: None, tmp_path: Path) -> None:
+    text = f"open\nwait {tmp_path / 'let'}"
+    host = ModelHost(HostSettings(memory_budget_bytes=2 * len(text)))
+    await host.load_file(puppet(tmp_path, "old", text))
+    async with asyncio.TaskGroup() as group:
+        new = puppet(tmp_path, "new", f"touch {tmp_path / 'opened'}")
+        loading = group.create_task(host.load_file(new))
+        await until(lambda: host.serving("old") is None)
+        await asyncio.sleep(0.05)  # time to do wrong; on a slow machine it just might not be noticed
+        assert not (tmp_path / "opened").exists()
+        assert not loading.done()
+        (tmp_path / "let").touch()
+    assert (tmp_path / "opened").exists()
+    await host.close()

@@ -16,6 +16,7 @@ from hedgerow.backend import Deadline
 from hedgerow.client import Client
 from hedgerow.config import environment, load
 from hedgerow_cloud.local.broker import free_port
+from hedgerow_cloud.serving.settings import ServeSettings
 from hedgerow_edge.settings import AgentSettings
 
 README = Path(__file__).parents[2] / "README.md"
@@ -102,4 +103,5 @@ def test_the_settings_shown_are_settings(folder: Path) -> None:
     assert shown.host.isolation["digits"].run_timeout_s == 5
     assert [target.weight for target in shown.splits["shown"].targets.values()] == [9, 1]
     assert shown.tenants is not None
-    assert shown.tenants.each.requests_per_s == 50
+    assert shown.tenants.others.requests_per_s == 50
+    assert load(ServeSettings, folder / "large.toml", {}).fronts in {1, 4}

@@ -367,8 +367,8 @@ async def test_health_and_stock_clients_follow_a_model_that_is_unloaded_and_load
         await to.oip.ModelInfer(request("m"))
         with pytest.raises(InferenceServerException, match="NOT_FOUND"):
             await client.load_model("no-such-model")
-        with pytest.raises(InferenceServerException, match=r"UNIMPLEMENTED.*config"):
-            await client.load_model("m", config="{}")
+        with pytest.raises(InferenceServerException, match=r"UNIMPLEMENTED.*max_batch_size"):
+            await client.load_model("m", config='{"max_batch_size": 16}')
 
 
 async def test_without_control_nobody_manages_models() -> None:

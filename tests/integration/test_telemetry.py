@@ -6,7 +6,6 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
 from msgspec.structs import replace
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 from simulators import models
 from simulators.cloud import MODEL, Cloud
+from simulators.collector import Collector, collecting
+from simulators.places import running, until
 
 from hedgerow import transports
+from hedgerow.backend import Deadline
 from hedgerow.config import ServerSettings
 from hedgerow.errors import ConfigError, HedgerowError, InvalidInput, ModelNotFound, Overloaded
 from hedgerow.function import FunctionBackend, FunctionModel
@@ -47,6 +49,8 @@ from hedgerow.telemetry.logs import (
 )
 from hedgerow.telemetry.tracing import Tracing
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Origin, TensorSpec
+from hedgerow_edge.front import Front
+from hedgerow_edge.settings import AgentSettings
 
 SURE, UNSURE = 8.0, 1.0
 """Strength of the pixels: the edge's confidence is above 0.99, or about 0.23."""
@@ -248,6 +252,65 @@ async def test_what_the_way_to_the_cloud_costs_is_counted(stack: AsyncExitStack,
     assert second["hedgerow_remote_sent_bytes_total"] == {("cloud",): 3 * sent}
 
 
+async def test_what_stands_around_the_router_is_counted_and_no_caller_makes_a_label(
+    stack: AsyncExitStack, tmp_path: Path
+) -> None:
+    host, router = ModelHost(), Router({})
+    stack.push_async_callback(host.close)
+    settings = msgspec.convert(
+        {
+            "splits": {"digits": {"targets": {"stable": {"model": "old"}, "candidate": {"model": "new", "weight": 0}}}},
+            "shadows": {"old": {"model": "new", "share": 1.0}},
+            "cache": {"models": ["old"]},
+            "tenants": {"named": {"acme": {"requests_per_s": 1e-6, "burst_requests": 3}}, "each": {"max_inflight": 9}},
+        },
+        AgentSettings,
+    )
+    front = Front(settings, host)
+    for name, shift in (("old", 0), ("new", 1)):
+        await host.load_file(ModelFile(name, "1", models.classifier(tmp_path / f"{name}.onnx", shift=shift)))
+        router.add_route(Route(model=name, edge=front.edge))
+    served = front.before(router)
+    await stack.enter_async_context(running(front.run()))
+    for tenant in ("acme", "acme", "acme", "acme", "made-up", "made-up too", ""):
+        try:
+            await served.infer(replace(models.request(), origin=Origin(tenant=tenant)), Deadline.after(SOON_S))
+        except Overloaded:
+            assert tenant == "acme"
+
+    def found() -> dict[str, dict[tuple[str, ...], float]]:
+        values: dict[str, dict[tuple[str, ...], float]] = {}
+        for family in front.metrics():
+            for sample in family.samples:
+                values.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
+        return values
+
+    await until(lambda: found()["hedgerow_shadow_requests_total"]["old", "differed"] == 6)
+    after = found()
+    assert after["hedgerow_cache_requests_total"] == {("old", "hit"): 5, ("old", "miss"): 1, ("old", "shared"): 0}
+    assert after["hedgerow_cache_bytes"][()] > 0
+    assert after["hedgerow_cache_entries"] == {(): 1}
+    assert after["hedgerow_cache_evictions_total"] == {("room",): 0, ("age",): 0}
+    assert after["hedgerow_split_requests_total"] == {
+        ("digits", target, result): 6 if (target, result) == ("stable", "answered") else 0
+        for target in ("stable", "candidate")
+        for result in ("answered", "failed", "passed_over")
+    }
+    assert after["hedgerow_split_weight"] == {("digits", "stable"): 1, ("digits", "candidate"): 0}
+    assert after["hedgerow_shadow_difference_max"] == {("old",): 1}
+    assert {labels[:2] for labels in after["hedgerow_shadow_latency_seconds"]} == {
+        ("old", "current"),
+        ("old", "candidate"),
+    }
+    assert after["hedgerow_quota_requests_total"] == {
+        ("acme", "admitted"): 3,
+        ("acme", "refused"): 1,
+        ("(others)", "admitted"): 3,
+        ("(others)", "refused"): 0,
+    }
+    assert after["hedgerow_quota_tracked"] == {(): 3}
+
+
 # Health, and the little server
 
 
@@ -341,32 +404,10 @@ async def _always() -> bool:
 # Traces
 
 
-class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """An OTLP receiver."""
-
-    def __init__(self) -> None:
-        self.spans: list[Any] = []
-        self.services: dict[bytes, str] = {}
-
-    def Export(self, request: Any, _: Any) -> Any:  # noqa: N802 (gRPC's)
-        for resource in request.resource_spans:
-            name = next(pair.value.string_value for pair in resource.resource.attributes if pair.key == "service.name")
-            for scope in resource.scope_spans:
-                self.spans += scope.spans
-                self.services |= {span.span_id: name for span in scope.spans}
-        return trace_service_pb2.ExportTraceServiceResponse()
-
-
 @pytest.fixture
 def collector() -> Iterator[tuple[Collector, str]]:
-    collector = Collector()
-    with ThreadPoolExecutor(2) as workers:
-        server = grpc.server(workers)
-        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
-        port = server.add_insecure_port("127.0.0.1:0")
-        server.start()
-        yield collector, f"http://127.0.0.1:{port}"
-        server.stop(None).wait()
+    with collecting() as both:
+        yield both
 
 
 def large_model() -> FunctionModel:

@@ -12,6 +12,7 @@ from simulators.triton_models import TritonModels
 from hedgerow import transports
 from hedgerow.config import ServerSettings, environment
 from hedgerow.service import Server
+from hedgerow.shared_memory.regions import SharedMemorySettings
 
 pytestmark = pytest.mark.slow
 
@@ -19,13 +20,12 @@ PROTO = Path(__file__).parents[2] / "protos" / "oip.proto"
 SUMS = list(range(100, 132, 2))
 WAIT_S = 100.0
 
-SHARED_MEMORY = "shared memory is not served: SystemSharedMemoryUnregister is asked for first and is UNIMPLEMENTED"
 EXAMPLES = {
     "grpc_client": "",
     "grpc_explicit_byte_content_client": "",
     "grpc_explicit_int8_content_client": "",
     "grpc_explicit_int_content_client": "",
-    "reuse_infer_objects_client -i grpc": SHARED_MEMORY,
+    "reuse_infer_objects_client -i grpc": "",
     "simple_grpc_aio_infer_client": "",
     "simple_grpc_aio_sequence_stream_infer_client": "",
     "simple_grpc_async_infer_client": "",
@@ -34,11 +34,11 @@ EXAMPLES = {
     "simple_grpc_health_metadata": "",
     "simple_grpc_infer_client": "",
     "simple_grpc_keepalive_client": "",
-    "simple_grpc_model_control": "a configuration given to RepositoryModelLoad must be taken; 'failed to load'",
+    "simple_grpc_model_control": "max_batch_size and the model's files must be the caller's to change",
     "simple_grpc_sequence_stream_infer_client": "",
     "simple_grpc_sequence_sync_infer_client": "",
-    "simple_grpc_shm_client": SHARED_MEMORY,
-    "simple_grpc_shm_string_client": SHARED_MEMORY,
+    "simple_grpc_shm_client": "",
+    "simple_grpc_shm_string_client": "",
     "simple_grpc_string_infer_client": "",
 }
 """tritonclient's examples, with what is not there yet that they want. Left out: those that want a GPU, HTTP, pictures
@@ -49,7 +49,7 @@ or a fixed port."""
 async def address(request: pytest.FixtureRequest) -> AsyncIterator[str]:
     backend = TritonModels()
     settings = ServerSettings(port=0, transport=request.param, compatibility="triton")
-    async with Server(backend, settings, control=backend) as server:
+    async with Server(backend, settings, control=backend, shared_memory=SharedMemorySettings()) as server:
         yield server.address
 
 

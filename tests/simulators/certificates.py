@@ -1,6 +1,7 @@
 """A certificate authority of a test's own."""
 
 import ssl
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -25,12 +26,18 @@ class Authority:
         builder = self._builder(self._name, self._key).add_extension(x509.BasicConstraints(True, 0), critical=True)
         self.certificate.write_bytes(builder.sign(self._key, SHA256()).public_bytes(Encoding.PEM))
 
-    def issue(self, name: str) -> tuple[Path, Path]:
-        """PEM files with a certificate for `name` on 127.0.0.1, and its key."""
+    def issue(self, name: str, *, uris: Sequence[str] = (), dns: Sequence[str] = ()) -> tuple[Path, Path]:
+        """PEM files with a certificate for `name` on 127.0.0.1, which may have other names besides, and its key."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        address = x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))])
-        certificate = self._builder(subject, key).add_extension(address, critical=False).sign(self._key, SHA256())
+        names = x509.SubjectAlternativeName(
+            [
+                x509.IPAddress(IPv4Address("127.0.0.1")),
+                *map(x509.DNSName, dns),
+                *map(x509.UniformResourceIdentifier, uris),
+            ]
+        )
+        certificate = self._builder(subject, key).add_extension(names, critical=False).sign(self._key, SHA256())
         files = self._folder / f"{name}.pem", self._folder / f"{name}.key"
         files[0].write_bytes(certificate.public_bytes(Encoding.PEM))
         files[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))

@@ -1,7 +1,8 @@
 """A model's process whose model does what its input says: crash, hang, eat memory. ``COMMAND`` starts it.
 
 The model takes `do` (BYTES, a word and its argument) and `x` (INT64, any size), and gives `y`: `x`, unless told else.
-A file whose text is a word is a model that does that when it is opened.
+A file whose text is a word is a model that does that when it is opened, and a second line one that does that when it
+is closed.
 """
 
 import ctypes
@@ -24,18 +25,26 @@ from hedgerow.tensors import TensorSpec
 COMMAND = (sys.executable, __file__)
 TWO = threading.Barrier(2)
 EATEN: list[bytes] = []
+SEEN: list[int] = []
+"""The sizes of `x` in all runs so far."""
+WITHOUT_WORD = {13: "crash", 14: "raise"}
+"""What the model does when it is told nothing, by the size of `x`; else nothing."""
 
 
 class Puppet:
     inputs = (TensorSpec("do", "BYTES", (1,)), TensorSpec("x", "INT64", (-1,)))
     outputs = (TensorSpec("y", "INT64", (-1,)),)
 
+    def __init__(self, at_close: str = "") -> None:
+        self._at_close = at_close
+
     def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
-        y = do(inputs["do"][0].decode())
+        SEEN.append(inputs["x"].size)
+        y = do(inputs["do"][0].decode() or WITHOUT_WORD.get(inputs["x"].size, "open"))
         return {"y": inputs["x"] if y is None else y}
 
     def close(self) -> None:
-        """Nothing to free."""
+        do(self._at_close)
 
 
 def do(line: str) -> NDArray[Any] | None:
@@ -53,6 +62,13 @@ def do(line: str) -> NDArray[Any] | None:
         case "hang":  # as an engine does that never comes back to Python, interpreter lock and all
             Path(argument).touch()
             ctypes.PyDLL(None).pause()
+        case "wait":  # as an engine does that hangs and lets others run, until there is such a file
+            while not Path(argument).exists():
+                time.sleep(0.01)
+        case "touch":
+            Path(argument).touch()
+        case "seen":
+            return np.array(SEEN)
         case "eat":
             EATEN.append(b"\1" * int(argument))
         case "eat-on":
@@ -81,7 +97,7 @@ def do(line: str) -> NDArray[Any] | None:
                         os.write(descriptor, b"\xff" * 100)
                 except OSError:
                     continue
-        case "open":
+        case "open" | "":
             pass
         case _:
             raise EngineFault(f"the puppet does not know {word!r}")
@@ -95,8 +111,9 @@ PLATFORM = "puppet"
 
 def open_model(path: Path, *, streams: int, threads: int) -> Puppet:
     """A puppet, if it can be opened."""
-    do(path.read_text(encoding="utf-8"))
-    return Puppet()
+    at_open, _, at_close = path.read_text(encoding="utf-8").partition("\n")
+    do(at_open)
+    return Puppet(at_close)
 
 
 if __name__ == "__main__":

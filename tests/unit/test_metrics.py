@@ -16,12 +16,15 @@ from hedgerow.backend import Deadline
 from hedgerow.config import ServerSettings
 from hedgerow.errors import DeadlineExceeded, InvalidInput, Overloaded
 from hedgerow.host.model_host import ModelHost
+from hedgerow.processes import pages
 from hedgerow.router import Router
 from hedgerow.service import Server
 from hedgerow.statistics import MAX_COUNTED, MAX_RELEASES, OTHER, Histogram, RouteCounts, Statistics
 from hedgerow.telemetry import metrics
 from hedgerow.tensors import ModelMetadata
+from hedgerow_edge.front import Front
 from hedgerow_edge.metrics import DeviceMetrics
+from hedgerow_edge.settings import AgentSettings
 
 RUNTIME = Path(__file__).parents[2] / "runtime"
 OF_THE_PROCESS = "process_"
@@ -48,6 +51,8 @@ async def families() -> list[Metric]:
         lambda: metrics.of_router(router),
         lambda: metrics.of_host(host, ()),
         lambda: metrics.of_remotes(()),
+        Front(AgentSettings(), host).metrics,
+        lambda: pages.of_processes([0], ()),
         device,
     )
     found = list(everything.collect())

@@ -19,7 +19,8 @@ from hedgerow.errors import ConfigError, EngineFault, InvalidInput, Overloaded
 from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.tensors import InferRequest, ModelMetadata, Origin, TensorSpec, tensor
 from hedgerow.traffic.buckets import ROUNDING, TokenBucket
-from hedgerow.traffic.quotas import MAX_TENANT_CHARS, OTHERS, Quotas, QuotaSettings, TenantsSettings
+from hedgerow.traffic.quotas import MAX_TENANT_CHARS, OTHERS, Quotas
+from hedgerow.traffic.tenants import QuotaSettings, TenantSettings, TenantsSettings
 
 PATIENCE_S = 60.0
 NEVER = 1e-6
@@ -138,8 +139,8 @@ def ask(tenant: str = "", *x: float, model: str = "m") -> InferRequest:
     return InferRequest(model=model, inputs=(value,), origin=Origin(tenant=tenant))
 
 
-def at_once(requests: int) -> QuotaSettings:
-    return QuotaSettings(requests_per_s=NEVER, burst_requests=requests)
+def at_once(requests: int) -> TenantSettings:
+    return TenantSettings(requests_per_s=NEVER, burst_requests=requests)
 
 
 async def flood(quotas: Quotas, *tenants: str, requests: int = 20) -> int:
@@ -193,7 +194,7 @@ async def test_without_quotas_everybody_gets_everything(model: Model) -> None:
 
 
 async def test_a_refusal_says_whose_limit_it_is_and_when_to_come_again(model: Model) -> None:
-    quotas = limited(model, named={"a": QuotaSettings(requests_per_s=0.01, burst_requests=1)})
+    quotas = limited(model, named={"a": TenantSettings(requests_per_s=0.01, burst_requests=1)})
     await quotas.infer(ask("a"), Deadline.never())
     with pytest.raises(Overloaded, match=r"quota of tenant 'a': 0\.01 requests/s") as caught:
         await quotas.infer(ask("a"), Deadline.never())
@@ -202,7 +203,7 @@ async def test_a_refusal_says_whose_limit_it_is_and_when_to_come_again(model: Mo
 
 
 async def test_bytes_are_counted_and_what_can_never_pass_is_not_told_to_come_again(model: Model) -> None:
-    quotas = limited(model, named={"a": QuotaSettings(bytes_per_s=NEVER, burst_bytes=40)})
+    quotas = limited(model, named={"a": TenantSettings(bytes_per_s=NEVER, burst_bytes=40)})
     with pytest.raises(Overloaded, match="the request has 44 bytes, at once there may be 40") as caught:
         await quotas.infer(ask("a", *range(11)), Deadline.never())
     assert caught.value.retry_after_s is None
@@ -222,7 +223,7 @@ async def test_a_refusal_by_one_limit_takes_nothing_of_the_others(model: Model) 
 
 
 async def test_what_is_in_flight_is_limited_and_counted_to_the_end_whatever_the_end(model: Model) -> None:
-    quotas = limited(model, named={"a": QuotaSettings(max_inflight=2)})
+    quotas = limited(model, named={"a": TenantSettings(max_inflight=2)})
     model.let.clear()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(quotas.infer(ask("a"), Deadline.never())) for _ in range(2)]
@@ -244,7 +245,7 @@ async def test_what_is_in_flight_is_limited_and_counted_to_the_end_whatever_the_
 
 
 async def test_a_stream_is_in_flight_until_it_ends_or_is_left(model: Model) -> None:
-    quotas = limited(model, named={"a": QuotaSettings(max_inflight=1)})
+    quotas = limited(model, named={"a": TenantSettings(max_inflight=1)})
     async with aclosing(quotas.stream(ask("a", model="twice"), Deadline.never())) as answers:  # type: ignore[type-var]
         await anext(answers)
         with refused("in flight"):
@@ -261,12 +262,12 @@ async def test_quotas_change_live_and_forget_neither_what_was_taken_nor_what_is_
     quotas.change(TenantsSettings(named={"a": at_once(30), "b": at_once(1)}, each=at_once(30)))
     assert await flood(quotas, "a", "x") == 0, "a larger burst fills at the rate"
     assert await flood(quotas, "b") == 1
-    quotas.change(TenantsSettings(named={"a": QuotaSettings(max_inflight=1)}))
+    quotas.change(TenantsSettings(named={"a": TenantSettings(max_inflight=1)}))
     model.let.clear()
     async with asyncio.TaskGroup() as group:
         group.create_task(quotas.infer(ask("a"), Deadline.never()))
         await model.waits.acquire()
-        quotas.change(TenantsSettings(named={"a": QuotaSettings(max_inflight=1), "c": at_once(2)}))
+        quotas.change(TenantsSettings(named={"a": TenantSettings(max_inflight=1), "c": at_once(2)}))
         with refused("1 requests in flight"):
             await quotas.infer(ask("a"), Deadline.never())
         model.let.set()

@@ -249,7 +249,12 @@ class Stack:
                     "broker": broker,
                 }
             case "serve":
-                return {"server": {"host": HOST, "port": ports.serve}, "models": dict(self.settings.teachers)}
+                return {
+                    "server": {"host": HOST, "port": ports.serve},
+                    "processes": 1,
+                    "metrics": {"listen": f"{HOST}:0"},
+                    "models": dict(self.settings.teachers),
+                }
             case _:
                 ours: dict[str, dict[str, Any]] = {
                     "device": {"id": self.settings.device, "fleet": self.settings.fleet, "state": str(home / "edge")},

@@ -3,7 +3,8 @@
 A model's life: `stage` opens and warms it beside what serves; `activate` makes it the one that answers, in one step;
 what runs then finishes on the one it started on, which is closed after the last of them, and what waits is answered by
 the new one. Requests are queued and put together in `batching`, model by model, so that one which hangs or is
-slow keeps no other from answering.
+slow keeps no other from answering. Nor does one that hangs while it is loaded or closed keep others from that, as long
+as its engine lets other Python threads run; against the rest, and against crashes, there is `isolation`.
 """
 
 import asyncio
@@ -12,7 +13,6 @@ import math
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Annotated
 
@@ -20,11 +20,12 @@ import msgspec
 
 from hedgerow.backend import Deadline, ModelState, Snapshot
 from hedgerow.config import Count, Seconds, Settings
-from hedgerow.errors import ModelNotFound, ModelNotReady
+from hedgerow.errors import EngineFault, ModelNotFound, ModelNotReady
 from hedgerow.host.batch import Runnable
 from hedgerow.host.batching import Batcher
 from hedgerow.host.loading import ModelFile, file_bytes, open_model
 from hedgerow.host.scheduling import BatchSettings
+from hedgerow.host.workers import Abandoning
 from hedgerow.isolation.session import IsolationSettings
 from hedgerow.statistics import BatchCounts
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata
@@ -57,6 +58,13 @@ class HostSettings(Settings, frozen=True, kw_only=True):
     drain_s: Seconds = 10.0
     """How long requests in flight may take when their model is replaced or unloaded or the host closed. What takes
     longer is left to end by itself."""
+    loaders: Count = 4
+    """Models that are loaded or closed at the same time."""
+    load_timeout_s: Seconds = 300.0
+    """Of loading a model, checksum and warming included, or closing it. After that it is given up, and what it has
+    taken of this process is lost until it comes back."""
+    max_hung_loads: Count = 4
+    """Models that were given up and have not come back. With so many, no more are loaded in this process."""
     memory_budget_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
     """What all open models together may take; 0: no limit. See `MEMORY_FACTOR`. Leave room for a swap, during which a
     model is open twice."""
@@ -120,8 +128,9 @@ class ModelHost:
     def __init__(self, settings: HostSettings | None = None, *, name: str = "edge") -> None:
         self.settings = settings or HostSettings()
         self._name = name
-        # One at a time, and in order: what is unloaded to make room is closed before what needs the room is opened.
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-loader")
+        self._loader = Abandoning(self.settings.loaders, self.settings.load_timeout_s, f"{name}-loader")
+        self._closing: set[asyncio.Future[None]] = set()
+        self._closed = False
         self._serving: dict[str, Staged] = {}
         self._files: dict[str, ModelFile] = {}
         self._staged: set[Staged] = set()
@@ -143,11 +152,16 @@ class ModelHost:
         """Models that were let go but still run something after `drain_s`: those that hang, above all."""
         return len(self._left)
 
+    @property
+    def hung_loads(self) -> int:
+        """Models that hang in being loaded or closed: given up after `load_timeout_s` and not back yet."""
+        return self._loader.abandoned
+
     async def stage(self, file: ModelFile) -> Staged:
         """`file`, open and warm beside what serves; nothing is served from it yet.
 
-        Raises what `loading.open_model` does, and `ModelNotReady` if there is no room for it. Ends in
-        `activate` or `discard`.
+        Raises what `loading.open_model` does, `EngineFault` if that takes longer than `load_timeout_s`, and
+        `ModelNotReady` if there is no room for it or too many hang. Ends in `activate` or `discard`.
         """
         future, memory_bytes = self._open(file)
         try:
@@ -208,17 +222,15 @@ class ModelHost:
         """Free the `model` of `staged`, which runs nothing any more, off the event loop."""
         self.memory_bytes -= staged.memory_bytes
 
-        def closed(_: object) -> None:
+        def closed(_: object = None) -> None:
             self._left.discard(staged)
             staged.closed.set()
 
-        try:
-            future = asyncio.get_running_loop().run_in_executor(self._loader, model.close)
-        except RuntimeError:  # it was still in use when the host was closed, and the loader is gone
+        if self._closed:  # it was still in use then, and nobody waits any more
             model.close()
-            closed(None)
-            return
-        future.add_done_callback(closed)
+            closed()
+        else:
+            self._close(model).add_done_callback(closed)
 
     async def models(self) -> Sequence[ModelState]:
         """See `Backend`."""
@@ -279,7 +291,7 @@ class ModelHost:
         await self._drain(leaving)
         for staged in leaving:
             staged.batcher.refuse_waiting("no more requests are taken here: it is closing")
-        self._loader.shutdown(wait=False)
+        self._closed = True
 
     def _ready(self, model: str) -> bool:
         staged = self._serving.get(model)
@@ -320,32 +332,69 @@ class ModelHost:
             )
 
     def _open(self, file: ModelFile) -> tuple["asyncio.Future[Runnable]", int]:
-        """`file` being opened on the loader's thread, and the memory that was set aside for it."""
+        """`file` being opened on a thread, and the memory that was set aside for it."""
+        isolation = self.settings.isolation.get(file.model)
+        if isolation is None and self.hung_loads >= self.settings.max_hung_loads:
+            raise ModelNotReady(
+                f"{file.model} is not loaded: {self.hung_loads} models hang in this process while they are loaded or"
+                " closed, and until it is started again only isolated ones are loaded"
+            )
         settings = self.settings.batch_settings(file.model)
         threads = self.settings.engine_threads or max(1, (os.cpu_count() or 1) // settings.instances)
         memory_bytes = int(MEMORY_FACTOR * file_bytes(file))
         self._make_room(file, memory_bytes)
         started = time.monotonic()
-        future = asyncio.get_running_loop().run_in_executor(
-            self._loader,
+        hangs = EngineFault(
+            f"{file.model} {file.version} cannot be loaded: it was not open within {self.settings.load_timeout_s:g} s"
+        )
+
+        def late(model: Runnable | None) -> None:
+            self.memory_bytes -= memory_bytes
+            log.warning("%s: %s %s has come back from being loaded", self._name, file.model, file.version)
+            if model is not None:
+                self._close(model)
+
+        future = self._loader.submit(
             partial(
                 open_model,
                 file,
                 streams=settings.instances,
                 threads=threads,
                 batches=settings.max_batch_size > 1,
-                isolation=self.settings.isolation.get(file.model),
+                isolation=isolation,
             ),
+            too_late=hangs,
+            late=late,
+            # What is unloaded to make room is closed before what needs the room is opened.
+            after=tuple(self._closing) if self.settings.memory_budget_bytes else (),
         )
         self.memory_bytes += memory_bytes
 
         def opened(done: "asyncio.Future[Runnable]") -> None:
             self._load_s[file.model] = time.monotonic() - started
-            if done.cancelled() or done.exception() is not None:
+            if done.exception() is hangs:  # it keeps its memory
+                log.error("%s: %s", self._name, hangs)
+            elif done.exception() is not None:
                 self.memory_bytes -= memory_bytes
 
         future.add_done_callback(opened)
         return future, memory_bytes
+
+    def _close(self, model: Runnable) -> "asyncio.Future[None]":
+        """`model` being closed on a thread."""
+        name = f"{model.metadata.name} {model.version}"
+        future = self._loader.submit(
+            model.close, too_late=EngineFault(f"{name} was not closed within {self.settings.load_timeout_s:g} s")
+        )
+        self._closing.add(future)
+
+        def closed(done: "asyncio.Future[None]") -> None:
+            self._closing.discard(done)
+            if (error := done.exception()) is not None:
+                log.error("%s: closing %s failed: %s", self._name, name, error)
+
+        future.add_done_callback(closed)
+        return future
 
     def _make_room(self, file: ModelFile, memory_bytes: int) -> None:
         """Unload what was used longest ago until `file` fits, or raise `ModelNotReady`."""
@@ -398,7 +447,7 @@ class ModelHost:
 
     def _came_back(self, file: ModelFile, memory_bytes: int, loading: "asyncio.Future[Runnable]") -> None:
         del self._reloads[file.model]
-        if loading.cancelled() or loading.exception() is not None:
+        if loading.exception() is not None:
             return
         staged = Staged(file, loading.result(), self, memory_bytes)
         if file.model in self._evicted:
@@ -407,6 +456,6 @@ class ModelHost:
             staged.retire()
 
     def _close_abandoned(self, memory_bytes: int, opening: "asyncio.Future[Runnable]") -> None:
-        if not opening.cancelled() and opening.exception() is None:
-            opening.result().close()
+        if opening.exception() is None:
+            self._close(opening.result())
             self.memory_bytes -= memory_bytes

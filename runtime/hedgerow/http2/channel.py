@@ -184,7 +184,7 @@ class Channel:
 class _Stream(Stream):
     """A call, and what has come of it."""
 
-    __slots__ = ("answers", "done", "encoding", "headers", "news", "reader", "timer", "withheld")
+    __slots__ = ("answers", "done", "encoding", "headers", "news", "reader", "withheld")
 
     def __init__(self, identity: int, window: int, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(identity, window)
@@ -196,7 +196,6 @@ class _Stream(Stream):
         self.withheld = 0
         self.news = asyncio.Event()
         self.done: asyncio.Future[None] = loop.create_future()
-        self.timer: asyncio.TimerHandle | None = None
 
     def end(self, error: HedgerowError | None) -> None:
         """The call is over."""
@@ -206,15 +205,13 @@ class _Stream(Stream):
             else:
                 self.done.set_exception(error)
         self.news.set()
-        if self.timer is not None:
-            self.timer.cancel()
 
 
 class _Connection(SocketConnection[_Stream, _Pairs]):
     """One connection to the server."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, channel: Channel) -> None:
-        super().__init__(client=True, convert=_as_dict, max_streams=MAX_STREAMS, wake=self._wake_up)
+        super().__init__(client=True, convert=dict, max_streams=MAX_STREAMS, wake=self._wake_up)
         self.settled: asyncio.Future[None] = loop.create_future()
         self._loop = loop
         self._channel = channel
@@ -242,11 +239,10 @@ class _Connection(SocketConnection[_Stream, _Pairs]):
         timeout = format_timeout(max(0.0, deadline - self._loop.time()))
         stream = _Stream(self.next_id(), self.initial_window, self._loop)
         self.streams[stream.id] = stream
-        stream.timer = self._loop.call_at(deadline, self._expire, stream)
-        more = [(key.encode(), value.encode()) for key, value in metadata]
+        self.watch(stream, deadline)
+        once = [(b"grpc-timeout", timeout.encode()), *((key.encode(), value.encode()) for key, value in metadata)]
         # A table smaller than every side's own is not worth keeping a second one in step with.
-        remember = self.table_bytes >= TABLE_BYTES
-        block = self._writer.write((*head, (b"grpc-timeout", timeout.encode())), more, remember=remember)
+        block = self._writer.write(head, once, remember=self.table_bytes >= TABLE_BYTES)
         if len(request) < 2**16:
             self.send(stream, block, frame_message(request), b"")
         else:
@@ -344,13 +340,10 @@ class _Connection(SocketConnection[_Stream, _Pairs]):
                 if not self.closing:
                     return
 
-    def _expire(self, stream: _Stream) -> None:
+    def on_expired(self, stream: _Stream) -> None:
+        """See `SocketConnection`."""
         stream.end(DeadlineExceeded("the deadline passed without an answer"))
         self.reset(stream, Code.CANCEL)
-
-
-def _as_dict(pairs: list[tuple[bytes, bytes]]) -> _Pairs:
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in pairs}
 
 
 def _fault(headers: _Pairs) -> HedgerowError | None:

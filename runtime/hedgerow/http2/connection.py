@@ -10,13 +10,14 @@ those that came, `take` gives those to be sent, `wake` is called when there are 
 - the other side's pings and settings are answered; too many answers that are not being read are a fault.
 """
 
+import math
 import struct
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Final, Generic, TypeVar
 
-from hedgerow.http2.headers import MAX_LIST_BYTES, TABLE_BYTES, HeaderFault, HeaderReader
+from hedgerow.http2.headers import MAX_LIST_BYTES, TABLE_BYTES, HeaderFault, HeaderReader, Pair
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DEFAULT_WINDOW = 65535
@@ -75,7 +76,7 @@ class ConnectionFault(Exception):
 class Stream:
     """One stream. `ended` says that the other side has sent all of it, `finished` that we have."""
 
-    __slots__ = ("ended", "finished", "granted", "id", "last", "owed", "unsent", "unsent_bytes", "window")
+    __slots__ = ("ended", "expires", "finished", "granted", "id", "last", "owed", "unsent", "unsent_bytes", "window")
 
     def __init__(self, identity: int, window: int) -> None:
         self.id = identity
@@ -89,6 +90,8 @@ class Stream:
         self.unsent_bytes = 0
         self.last: bytes | None = None
         """The block of headers that ends our side once `unsent` is sent; empty to end it with the data."""
+        self.expires = math.inf
+        """When whoever holds the connection gives the stream up, by the clock there."""
         self.ended = False
         self.finished = False
 
@@ -104,7 +107,7 @@ class Connection(Generic[S, H]):
         self,
         *,
         client: bool,
-        convert: Callable[[list[tuple[bytes, bytes]]], H],
+        convert: Callable[[list[Pair]], H],
         max_streams: int,
         wake: Callable[[], None],
     ) -> None:

@@ -1,6 +1,7 @@
 """A connection with a socket under it: what server and client have in common on asyncio."""
 
 import asyncio
+import math
 from typing import TypeVar, cast
 
 from hedgerow.http2.connection import Connection, ConnectionFault, Stream
@@ -12,11 +13,14 @@ H = TypeVar("H")
 class SocketConnection(Connection[S, H], asyncio.Protocol):
     """Moves the bytes of a `Connection`. What is written in one turn of the loop leaves in one write.
 
-    A subclass sets `_timer` to `_look` now and then whether the other side is there.
+    A subclass sets `_timer` to `_look` now and then whether the other side is there. One alarm watches over the
+    deadlines of all streams: most end long before, and setting one up for each costs more than looking through them.
     """
 
     _transport: asyncio.Transport | None = None
     _timer: asyncio.TimerHandle | None = None
+    _alarm: asyncio.TimerHandle | None = None
+    _alarm_at = math.inf
     _flushing = _paused = _heard = _pinged = False
     _loop: asyncio.AbstractEventLoop
 
@@ -36,8 +40,9 @@ class SocketConnection(Connection[S, H], asyncio.Protocol):
     def connection_lost(self, _: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         self._transport, self.closing = None, True
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._alarm):
+            if timer is not None:
+                timer.cancel()
         self.abandon()
 
     def pause_writing(self) -> None:
@@ -48,6 +53,31 @@ class SocketConnection(Connection[S, H], asyncio.Protocol):
         """See `asyncio.Protocol`."""
         self._paused = False
         self._wake_up()
+
+    def watch(self, stream: S, deadline: float) -> None:
+        """Have `on_expired` told if `stream` is still there at `deadline`, by the monotonic clock."""
+        stream.expires = deadline
+        if deadline < self._alarm_at:
+            self._set_alarm(deadline)
+
+    def on_expired(self, stream: S) -> None:
+        """The deadline of `stream` has passed."""
+        raise NotImplementedError
+
+    def _set_alarm(self, at: float) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm_at = at
+        self._alarm = self._loop.call_at(at, self._expire)
+
+    def _expire(self) -> None:
+        now, self._alarm_at = self._loop.time(), math.inf
+        for stream in tuple(self.streams.values()):
+            if stream.expires <= now:
+                self.on_expired(stream)
+        following = min((stream.expires for stream in self.streams.values()), default=math.inf)
+        if following < self._alarm_at:
+            self._set_alarm(following)
 
     def close(self) -> None:
         """Let go of the connection once what is to be sent has left, or at once where nobody reads it."""

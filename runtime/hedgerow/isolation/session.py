@@ -6,8 +6,10 @@
   were running in it; nothing is run twice;
 - a process that uses more than `max_memory_bytes` is killed: right after the run where that shows, or in the middle of
   a long one;
-- a process that has ended is started again as `restarts` says. Meanwhile runs are refused with `ModelNotReady`
-  at once, because a thread that waited would be missing to other models; once it was given up, with `EngineFault`;
+- a process that has ended is started again as `restarts` says, and runs the model on zeros, in the shapes of the last
+  run that was answered, before it takes runs: the first of them must not pay for what engines put off until then.
+  Meanwhile runs are refused with `ModelNotReady` at once, because a thread that waited would be missing to other
+  models; once it was given up, with `EngineFault`;
 - no process outlives this one, whatever happens to it.
 
 A model has one process, with a thread for each of its streams. A process for each stream would answer models that take
@@ -24,13 +26,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from hedgerow.errors import EngineFault, HedgerowError, ModelNotReady
 from hedgerow.isolation.child import Lane
 from hedgerow.isolation.process import EXIT_S, IsolationSettings, Lost, ModelProcess
 from hedgerow.isolation.restarts import Restarts
-from hedgerow.tensors import TensorSpec
+from hedgerow.tensors import TensorSpec, numpy_dtype
 
 __all__ = ["IsolatedSession", "IsolationSettings", "open_isolated"]
 
@@ -57,6 +60,8 @@ class IsolatedSession:
         self._ready = False
         self._loaded = False
         self._closed = False
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        """By input, of the last run that was answered; empty: do not warm."""
         self._start_at = 0.0
         self._start_s = 0.0
         """What a start takes: the last one."""
@@ -81,6 +86,7 @@ class IsolatedSession:
         child, lane = self._take()
         try:
             arrays = child.run(lane, inputs, outputs, self._datatypes)
+            self._shapes = {name: array.shape for name, array in inputs.items()}
         except HedgerowError:
             raise
         except Lost as lost:
@@ -183,6 +189,7 @@ class IsolatedSession:
             opened = child.opened(lane)
             if self._loaded and (opened.inputs, opened.outputs) != (self.inputs, self.outputs):
                 raise Lost("its file is another one now")  # noqa: TRY301 (a failed start like the others)
+            self._warm(child, lane)
         except (Lost, HedgerowError) as error:
             self._lose(child, error)
             return
@@ -199,6 +206,21 @@ class IsolatedSession:
             self._loaded = self._ready = True
             self._restarts.started()
             self._changed.notify_all()
+
+    def _warm(self, child: ModelProcess, lane: Lane) -> None:
+        """Run the model in `child` as it was last run; raises `Lost` if that ends it: the next one starts cold."""
+        shapes, self._shapes = self._shapes, {}
+        if not shapes:
+            return
+        zeros = {
+            spec.name: np.full(shapes[spec.name], b"" if spec.datatype == "BYTES" else 0, numpy_dtype(spec.datatype))
+            for spec in self.inputs
+        }
+        try:
+            child.run(lane, zeros, [spec.name for spec in self.outputs], self._datatypes)
+        except HedgerowError as error:
+            log.info("%s: warming its process failed, so it starts cold: %s", self._name, error)
+        self._shapes = shapes
 
     def _ended(self, child: ModelProcess) -> None:
         """On a thread of its own: the process of `child` is gone."""

@@ -7,6 +7,7 @@ of what is asked, the time that it takes.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Final, Self
@@ -159,3 +160,19 @@ class Diagnostics:
             return Page(b"only GET and HEAD\n", status=HTTPStatus.METHOD_NOT_ALLOWED)
         headers = {name.strip().casefold(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         return await make(headers.get("accept", ""))
+
+
+async def watched(stack: AsyncExitStack, listen: str, pages: Pages) -> str:
+    """Let `pages` be read at `listen` until `stack` ends; the address.
+
+    Serving does not depend on it: what is in the way is said, and the address is empty, as it is for an empty `listen`.
+    """
+    if not listen:
+        return ""
+    try:
+        diagnostics = await stack.enter_async_context(Diagnostics(listen, pages))
+    except ConfigError as error:
+        log.warning("there are no metrics to read: %s", error)
+        return ""
+    log.info("metrics are at http://%s/metrics", diagnostics.address)
+    return diagnostics.address

@@ -175,6 +175,7 @@ def of_host(host: ModelHost, models: Iterable[str]) -> Iterator[Metric]:
     yield from (info, ready, queue, inflight, hung, faults, waited, ran, rows)
     yield _gauge("hedgerow_models_memory_bytes", "Memory that the open models are taken to need.", host.memory_bytes)
     yield _gauge("hedgerow_models_left_running", "Models that were let go and still run something.", host.left_running)
+    yield _gauge("hedgerow_models_hung_loads", "Models that hang in being loaded or closed.", host.hung_loads)
 
 
 def of_remotes(remotes: Sequence[Backend]) -> Iterator[Metric]:

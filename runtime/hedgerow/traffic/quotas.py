@@ -1,8 +1,9 @@
 """Quotas: what each tenant may ask for, in front of a backend. The rules are in `buckets`.
 
-Who asks is the request's `Origin.tenant`. A tenant that is named has an allowance of its own, which nobody else can
-touch. All others, those who say no name among them, have one in common, and within it each may have no more than a
-part, so that one of them does not take the others' share. Who makes up names gets no more than what is in common.
+Who asks is the request's `Origin.tenant`; `tenants` says who is believed. A tenant that is named has an allowance of
+its own, which nobody else can touch. All others, those who say no name among them, have one in common, and within it
+each may have no more than a part, so that one of them does not take the others' share. Who makes up names gets no more
+than what is in common.
 
 What is over a quota is refused at once, never queued, and told when to come again. Asking about models is free.
 """
@@ -13,16 +14,14 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Final
-
-import msgspec
+from typing import Final
 
 from hedgerow.backend import Around, Backend, Deadline
-from hedgerow.config import Count, Settings
 from hedgerow.errors import HedgerowError, InvalidInput, Overloaded
 from hedgerow.tensors import InferRequest, InferResponse
-from hedgerow.traffic.buckets import Allowance, Quota
+from hedgerow.traffic.buckets import Allowance
 from hedgerow.traffic.facts import payload_bytes
+from hedgerow.traffic.tenants import QuotaSettings, TenantsSettings
 
 OTHERS: Final = ""
 """Stands for all tenants without a name in the settings."""
@@ -30,47 +29,6 @@ MAX_TENANT_CHARS = 256
 """Of a name that is not in the settings."""
 FULL_RETRY_S = 1.0
 """When to come again if more tenants are being answered than are told apart."""
-
-Rate = Annotated[float, msgspec.Meta(gt=0)]
-Tenant = Annotated[str, msgspec.Meta(min_length=1)]
-
-
-class QuotaSettings(Settings, frozen=True, kw_only=True):
-    """What may be asked for; without a value: any amount."""
-
-    requests_per_s: Rate | None = None
-    burst_requests: Count | None = None
-    """At once, after a pause; without a value: those of a second, at least one."""
-    bytes_per_s: Rate | None = None
-    """Of inputs."""
-    burst_bytes: Count | None = None
-    """At once, after a pause; without a value: those of a second. A request with more is refused for good."""
-    max_inflight: Count | None = None
-
-    @property
-    def quota(self) -> Quota:
-        """The quota that these settings mean."""
-        requests_per_s, bytes_per_s = self.requests_per_s or math.inf, self.bytes_per_s or math.inf
-        return Quota(
-            requests_per_s=requests_per_s,
-            burst_requests=self.burst_requests or max(1.0, requests_per_s),
-            bytes_per_s=bytes_per_s,
-            burst_bytes=self.burst_bytes or bytes_per_s,
-            max_inflight=self.max_inflight or math.inf,
-        )
-
-
-class TenantsSettings(Settings, frozen=True, kw_only=True):
-    """The quotas of all tenants."""
-
-    named: dict[Tenant, QuotaSettings] = msgspec.field(default_factory=dict)
-    """By tenant."""
-    others: QuotaSettings = QuotaSettings()
-    """Of all tenants that are not named, together."""
-    each: QuotaSettings = QuotaSettings()
-    """Of each of them."""
-    max_tracked: Count = 1024
-    """Of them that are told apart: the one that came last the longest ago is forgotten."""
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from hedgerow import rpc
 from hedgerow.backend import Deadline
 from hedgerow.config import ServerSettings
 from hedgerow.errors import ConfigError, DeadlineExceeded, HedgerowError
+from hedgerow.identity import certificate_name
 from hedgerow.rpc import Method, Methods
 
 MIN_PING_INTERVAL_MS = 1000
@@ -30,7 +32,7 @@ async def listen(methods: Methods, settings: ServerSettings) -> "GrpcioListener"
         options=[
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", settings.max_message_bytes),
-            ("grpc.so_reuseport", 0),  # or a second server would take half of the calls unnoticed
+            ("grpc.so_reuseport", int(settings.reuse_port)),  # or a second server would take half of them unnoticed
             ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
             ("grpc.keepalive_timeout_ms", round(settings.keepalive_s * 1000)),
             ("grpc.keepalive_permit_without_calls", 1),
@@ -90,9 +92,18 @@ class _Call:
         self.write = context.write
         self._context = context
 
-    @property
+    @cached_property
     def metadata(self) -> dict[str, str]:
         return {key: value for key, value in self._context.invocation_metadata() or () if isinstance(value, str)}
+
+    @property
+    def peer(self) -> str:
+        known = self._context.auth_context()
+        uris, dns, common = (
+            [name.decode(errors="replace") for name in known.get(key, ())]
+            for key in ("peer_uri", "peer_dns", "x509_common_name")
+        )
+        return certificate_name(uris, dns, common)
 
 
 def _handler(method: Method) -> "grpc.RpcMethodHandler[bytes, bytes]":

@@ -9,12 +9,9 @@ its task, its answer until the caller has read it. Callers that stop reading, se
 
 import asyncio
 import contextlib
-import math
-import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Final
 
@@ -31,9 +28,11 @@ from hedgerow.errors import (
     Unsupported,
 )
 from hedgerow.http2.connection import Code, Stream
-from hedgerow.http2.grpc import ENCODINGS, MessageReader, frame_message, parse_timeout, quote
+from hedgerow.http2.grpc import MessageReader, frame_message, quote
 from hedgerow.http2.headers import header_block
+from hedgerow.http2.heads import Head, read_head
 from hedgerow.http2.sockets import SocketConnection
+from hedgerow.identity import name_of_peer
 from hedgerow.lifecycle import InFlight
 from hedgerow.rpc import Method, Methods
 
@@ -50,9 +49,6 @@ RETRY_AFTER_S = 1.0
 _HEADERS: Final = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 _OK_HEADERS: Final = header_block((*_HEADERS, (b"grpc-accept-encoding", b"identity,gzip,deflate")))
 _OK_TRAILERS: Final = header_block(((b"grpc-status", b"0"),))
-_PSEUDO: Final = frozenset({b":method", b":scheme", b":path", b":authority"})
-_OF_HTTP1: Final = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
-_CONTENT_TYPE: Final = re.compile(r"application/grpc($|[+;])")
 WHOLE_BYTES = 2**16
 """Larger answers are not copied to stand behind their prefix."""
 
@@ -90,7 +86,7 @@ class NativeListener:
             settings.host,
             settings.port,
             backlog=BACKLOG,
-            reuse_port=False,  # or a second server would take half of the calls unnoticed
+            reuse_port=settings.reuse_port,  # or a second server would take half of the calls unnoticed
             ssl=_tls(settings),
         )
         self.port = self._server.sockets[0].getsockname()[1]
@@ -129,23 +125,6 @@ class NativeListener:
         await server.wait_closed()
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """What the headers of a call say. The same headers give the same object, over and over."""
-
-    path: str = ""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    timeout_s: float = math.inf
-    encoding: str = ""
-    answer_in: str = ""
-    """The compression that the caller takes."""
-    malformed: bool = False
-    """No request of HTTP/2."""
-    http_status: str = ""
-    """What to answer to a request that is none of gRPC."""
-    error: HedgerowError | None = None
-
-
 class _Stream(Stream):
     """A call, in the form that handlers see: `rpc.Call`."""
 
@@ -162,11 +141,10 @@ class _Stream(Stream):
         "moved",
         "reader",
         "task",
-        "timer",
         "withheld",
     )
 
-    def __init__(self, identity: int, connection: "_Connection", method: Method, head: _Head, limit: int) -> None:
+    def __init__(self, identity: int, connection: "_Connection", method: Method, head: Head, limit: int) -> None:
         super().__init__(identity, connection.initial_window)
         self._connection = connection
         self._room: asyncio.Future[None] | None = None
@@ -185,7 +163,11 @@ class _Stream(Stream):
         self.moved = True
         """Whether data came or went since somebody looked."""
         self.task: asyncio.Task[None] | None = None
-        self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def peer(self) -> str:
+        """See `rpc.Call`."""
+        return self._connection.peer
 
     async def write(self, message: bytes) -> None:
         """See `rpc.Call`."""
@@ -210,20 +192,23 @@ class _Stream(Stream):
             yield message
 
 
-class _Connection(SocketConnection[_Stream, _Head]):
+class _Connection(SocketConnection[_Stream, Head]):
     """One client."""
 
     def __init__(self, listener: NativeListener, loop: asyncio.AbstractEventLoop) -> None:
-        convert = partial(_read_head, listener.settings.compression)
+        convert = partial(read_head, listener.settings.compression)
         super().__init__(client=False, convert=convert, max_streams=MAX_STREAMS, wake=self._wake_up)
         self._listener = listener
         self._loop = loop
+        self.peer = ""
+        """The name in the client's certificate, which was verified."""
 
     # The socket's side.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
         super().connection_made(transport)
+        self.peer = name_of_peer(transport.get_extra_info("peercert"))
         if len(self._listener.connections) >= self._listener.settings.max_connections:
             self.abort()
             return
@@ -255,7 +240,7 @@ class _Connection(SocketConnection[_Stream, _Head]):
 
     # The calls' side.
 
-    def on_open(self, identity: int, headers: _Head) -> _Stream | None:
+    def on_open(self, identity: int, headers: Head) -> _Stream | None:
         """See `Connection`."""
         listener = self._listener
         method = listener.methods.get(headers.path, _NO_METHOD)
@@ -275,13 +260,12 @@ class _Connection(SocketConnection[_Stream, _Head]):
         if error is not None:
             self._refuse(stream, error)
             return None
-        if headers.timeout_s < math.inf:
-            stream.timer = self._loop.call_at(stream.deadline.at, self._expire, stream)
+        self.watch(stream, stream.deadline.at)
         if stream.messages is not None:
             self._begin(stream, stream.received())
         return stream
 
-    def on_headers(self, stream: _Stream, headers: _Head) -> None:
+    def on_headers(self, stream: _Stream, headers: Head) -> None:
         """See `Connection`: trailers of a caller mean nothing in gRPC."""
 
     def on_data(self, stream: _Stream, part: bytes | memoryview) -> None:
@@ -331,8 +315,6 @@ class _Connection(SocketConnection[_Stream, _Head]):
         """See `Connection`."""
         self._listener.calls.leave()
         self._listener.buffered -= stream.buffered
-        if stream.timer is not None:
-            stream.timer.cancel()
         if stream.task is not None:
             stream.task.cancel()
 
@@ -385,7 +367,8 @@ class _Connection(SocketConnection[_Stream, _Head]):
         else:
             self.send(stream, header_block((*_HEADERS, *said)), b"", b"")
 
-    def _expire(self, stream: _Stream) -> None:
+    def on_expired(self, stream: _Stream) -> None:
+        """See `SocketConnection`."""
         self._refuse(stream, DeadlineExceeded(f"the deadline passed while {stream.method.name} was being answered"))
         if stream.id in self.streams:  # what it was sent before is still on its way
             self.reset(stream, Code.CANCEL)
@@ -395,38 +378,6 @@ def _headers(encoding: str) -> bytes:
     if not encoding:
         return _OK_HEADERS
     return header_block((*_HEADERS, (b"grpc-encoding", encoding.encode())))
-
-
-def _read_head(compression: str, pairs: list[tuple[bytes, bytes]]) -> _Head:
-    """What the headers of a call say; answers are to be compressed by `compression` if the caller takes that."""
-    pseudo: dict[bytes, bytes] = {}
-    metadata: dict[str, str] = {}
-    for name, value in pairs:
-        if name[:1] == b":":
-            if metadata or name in pseudo or name not in _PSEUDO:
-                return _Head(malformed=True)
-            pseudo[name] = value
-        elif not name or name != name.lower() or name in _OF_HTTP1 or (name == b"te" and value != b"trailers"):
-            return _Head(malformed=True)
-        elif not name.endswith(b"-bin"):
-            metadata[name.decode("latin-1")] = value.decode("latin-1")
-    if not {b":method", b":scheme", b":path"} <= pseudo.keys():
-        return _Head(malformed=True)
-    path = pseudo[b":path"].decode("latin-1")
-    if pseudo[b":method"] != b"POST":
-        return _Head(path, http_status="405")
-    if not _CONTENT_TYPE.match(metadata.get("content-type", "")):
-        return _Head(path, http_status="415")
-    encoding, timeout_s, error = metadata.get("grpc-encoding", "identity"), math.inf, None
-    try:
-        if encoding != "identity" and encoding not in ENCODINGS:
-            raise Unsupported(f"messages compressed by {encoding[:40]!r} are not read here; expected gzip or deflate")
-        if "grpc-timeout" in metadata:
-            timeout_s = parse_timeout(metadata["grpc-timeout"])
-    except HedgerowError as wrong:
-        error = wrong
-    accepted = metadata.get("grpc-accept-encoding", "").replace(" ", "").split(",")
-    return _Head(path, metadata, timeout_s, encoding, compression if compression in accepted else "", error=error)
 
 
 async def _no_method(_: AsyncIterator[bytes], __: rpc.Call) -> None:

@@ -18,6 +18,7 @@ async def main(stop: asyncio.Event) -> None:
     host = ModelHost(HostSettings(workers=job.workers, engine_threads=job.threads))
     try:
         await host.load_file(ModelFile(job.model, "1", Path(job.path)))
+        lifecycle.settle()
         async with Server(host, ServerSettings(port=job.port)):
             await stop.wait()
     finally:

@@ -56,6 +56,7 @@ class _Call:
         remaining_s: float | None = context.time_remaining()
         self.deadline = Deadline.never() if remaining_s is None else Deadline.after(remaining_s)
         self.written: list[bytes] = []
+        self.peer = ""
         self._context = context
 
     @property

@@ -81,6 +81,7 @@ class _Call:
         self.deadline = Deadline.after(stream.deadline.time_remaining()) if stream.deadline else Deadline.never()
         self.metadata: dict[str, str] = {k: v for k, v in stream.metadata.items() if isinstance(v, str)}
         self.write = stream.send_message
+        self.peer = ""
 
 
 def _handler(method: Method) -> Any:

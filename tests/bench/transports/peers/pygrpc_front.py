@@ -90,6 +90,7 @@ class _Call:
     def __init__(self, front: NativeGrpcFront, identity: int, details: Any) -> None:
         fields, _, remaining_s = details
         self._front, self._identity = front, identity
+        self.peer = ""
         self.metadata: Mapping[str, str] = {key: value for key, value in fields if isinstance(value, str)}
         self.deadline = Deadline.never() if remaining_s is None else Deadline.after(remaining_s)
 

@@ -1,21 +1,18 @@
-"""Split and shadow over real models and servers: nobody is lost between releases, and nobody notices a shadow."""
+"""Split over real models and servers: nobody is lost between releases, nor moved without need."""
 
 import asyncio
-import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 from msgspec.structs import replace
-from numpy.typing import NDArray
 from simulators import models
 from simulators.cloud import MODEL, Cloud
+from simulators.places import PATIENCE_S, REMOTE, Place, X, Y, ask, infer, releases, running, until
 
 from hedgerow.backend import Backend, Deadline
 from hedgerow.config import ServerSettings, load
@@ -32,95 +29,15 @@ from hedgerow.errors import (
 )
 from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.gate import Gate
-from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
-from hedgerow.remote.backend import RemoteBackend, RemoteSettings
+from hedgerow.host.model_host import ModelHost
+from hedgerow.remote.backend import RemoteBackend
 from hedgerow.router import PRIVACY, RELEASE, SPLIT, SPLIT_REASON, STICKY, Route, Router
 from hedgerow.service import Server
-from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Origin, TensorSpec, tensor
-from hedgerow.traffic import shadow, split, targets
-from hedgerow.traffic.quotas import Quotas, QuotaSettings, TenantsSettings
-from hedgerow.traffic.shadow import Mirror, Shadow, ShadowSettings
+from hedgerow.tensors import InferResponse, ModelMetadata, Origin, TensorSpec
+from hedgerow.traffic import split, targets
+from hedgerow.traffic.quotas import Quotas
 from hedgerow.traffic.split import Split, SplitSettings, SplitTarget, SplitTargetSettings
-
-PATIENCE_S = 60.0
-X, Y = TensorSpec("x", "FP32", (-1,)), TensorSpec("y", "FP32", (-1,))
-REMOTE = RemoteSettings(
-    connect_timeout_s=5, probe_timeout_s=5, probe_min_s=0.02, probe_max_s=0.1, heartbeat_s=0.2, timeout_s=PATIENCE_S
-)
-Arrays = Mapping[str, NDArray[Any]]
-
-
-class Place(FunctionBackend):
-    """A backend of one model, `there`, which answers `number`, once it is let; and says what it was asked."""
-
-    def __init__(self, number: float, *, version: str = "1", output: TensorSpec = Y, **properties: str) -> None:
-        self.metadata_of = ModelMetadata("there", (version,), f"python-{number:g}", (X,), (output,), properties)
-        super().__init__(FunctionModel(self.metadata_of, self._answer), name=f"place-{number:g}")
-        self.number = number
-        self.asked: list[InferRequest] = []
-        self.called = asyncio.Semaphore(0)
-        self.let = asyncio.Event()
-        self.let.set()
-        self.raises: Exception | None = None
-        self.silent = False
-        self.closed = 0
-        self.now = self.most = 0
-
-    async def infer(self, request: InferRequest, deadline: Deadline) -> InferResponse:
-        self.asked.append(request)
-        self.now += 1
-        self.most = max(self.most, self.now)
-        try:
-            return replace(await super().infer(request, deadline), parameters={"said": self.number})
-        finally:
-            self.now -= 1
-
-    async def metadata(self, model: str, version: str = "") -> ModelMetadata:
-        if self.silent:
-            await asyncio.Event().wait()
-        return await super().metadata(model, version)
-
-    async def close(self) -> None:
-        self.closed += 1
-
-    def becomes(self, **changes: Any) -> None:
-        """Serve another version or interface from now on."""
-        self.metadata_of = replace(self.metadata_of, **changes)
-        self._entries["there"].model = FunctionModel(self.metadata_of, self._answer)
-
-    async def _answer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        self.called.release()
-        await self.let.wait()
-        if self.raises is not None:
-            raise self.raises
-        return {spec.name: np.array([self.number], np.float32) for spec in self.metadata_of.outputs}
-
-
-@asynccontextmanager
-async def running(*loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(loop) for loop in loops]
-        yield
-        for task in tasks:
-            task.cancel()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 (what is waited for has no event)
-            await asyncio.sleep(0.005)
-
-
-def ask(key: str = "", tenant: str = "", **fields: Any) -> InferRequest:
-    parameters = {**({STICKY: key} if key else {}), **fields.pop("parameters", {})}
-    value = tensor("x", np.ones(1, np.float32))
-    return InferRequest(
-        **{"model": "m", "inputs": (value,), "parameters": parameters, **fields}, origin=Origin(tenant=tenant)
-    )
-
-
-async def infer(backend: Backend, request: InferRequest) -> InferResponse:
-    return await backend.infer(request, Deadline.after(PATIENCE_S))
+from hedgerow.traffic.tenants import TenantSettings, TenantsSettings
 
 
 def split_over(stable: Backend, candidate: Backend, weights: Sequence[float] = (1, 1), **fields: Any) -> Split:
@@ -137,9 +54,6 @@ async def homes(backend: Backend, count: int = 60) -> dict[str, Any]:
     """Where so many keys are at home."""
     keys = [f"user-{number}" for number in range(count)]
     return {key: (await infer(backend, ask(key))).parameters[SPLIT] for key in keys}
-
-
-# -- split
 
 
 async def test_answers_come_back_under_the_callers_names_and_say_whose_they_are() -> None:
@@ -459,187 +373,9 @@ async def test_streams_are_split_too_and_failures_counted() -> None:
 async def test_closing_closes_every_backend_once() -> None:
     stable, candidate = Place(1), Place(2)
     await Split(stable, {"m": [SplitTarget("a", stable, "there"), SplitTarget("b", candidate, "there")]}).close()
-    await Shadow(stable, {"m": Mirror(candidate, ShadowSettings(model="there"))}).close()
-    assert (stable.closed, candidate.closed) == (2, 2)
+    assert (stable.closed, candidate.closed) == (1, 1)
     with pytest.raises(ConfigError, match="two targets have the same name"):
         Split(stable, {"m": [SplitTarget("a", stable, "x"), SplitTarget("a", stable, "y")]})
-
-
-# -- shadow
-
-
-def shadowed(caller: Backend, candidate: Backend, *, local: bool = False, **settings: Any) -> tuple[Shadow, Mirror]:
-    mirror = Mirror(candidate, ShadowSettings(**{"model": "there", "share": 1.0, **settings}), local=local)
-    return Shadow(caller, {"there": mirror}), mirror
-
-
-def see(**fields: Any) -> InferRequest:
-    return ask(model="there", **fields)
-
-
-def done(mirror: Mirror) -> int:
-    counts = mirror.counts
-    return counts.agreed + counts.differed + counts.failed.total()
-
-
-def is_done(mirror: Mirror, count: int) -> bool:
-    return done(mirror) == count
-
-
-async def test_a_caller_gets_its_answer_whatever_becomes_of_the_shadow(caplog: pytest.LogCaptureFixture) -> None:
-    caller, candidate = Place(1), Place(2)
-    both, mirror = shadowed(caller, candidate)
-    candidate.let.clear()
-    async with running(both.run()):
-        for _ in range(10):
-            answer = await infer(both, see())
-            assert answer.parameters == {"said": 1}
-        await candidate.called.acquire()
-        assert done(mirror) == 0
-        candidate.let.set()
-        await until(lambda: done(mirror) == 10)
-        assert (mirror.counts.differed, mirror.counts.furthest) == (10, 1.0)
-        for count, error in ((11, Overloaded("no room")), (12, EngineFault("it fails"))):
-            candidate.raises = error
-            await infer(both, see())
-            await until(partial(is_done, mirror, count))
-        assert mirror.counts.failed == {"RESOURCE_EXHAUSTED": 1, "INTERNAL": 1}
-        candidate.raises, candidate.number = None, 1
-        await infer(both, see())
-        await until(lambda: mirror.counts.agreed)
-        assert mirror.counts.candidate.quantile(0.5) is not None
-        assert mirror.counts.current.quantile(0.5) is not None
-    assert not caplog.records
-
-
-async def test_a_comparison_that_breaks_is_said_once_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    def broken(current: InferResponse, candidate: InferResponse) -> Any:
-        raise ZeroDivisionError
-
-    mirror = Mirror(Place(2), ShadowSettings(model="there", share=1.0), compare=broken)
-    both = Shadow(Place(1), {"there": mirror})
-    async with running(both.run()):
-        for _ in range(5):
-            await infer(both, see())
-        await until(lambda: mirror.counts.failed["INTERNAL"] == 5)
-    assert [record.levelno for record in caplog.records] == [logging.ERROR]
-
-
-async def test_a_slow_candidate_costs_a_bounded_number_of_copies_and_the_rest_are_dropped() -> None:
-    caller, candidate = Place(1), Place(1)
-    both, mirror = shadowed(caller, candidate, max_concurrent=2, max_queue=4)
-    candidate.let.clear()
-    async with running(both.run()):
-        await infer(both, see())
-        await infer(both, see())
-        for _ in range(2):
-            await candidate.called.acquire()
-        for _ in range(98):
-            await infer(both, see())
-        assert (candidate.now, mirror.counts.dropped) == (2, 94)
-        candidate.let.set()
-        await until(lambda: done(mirror) == 6)
-    assert candidate.most == 2
-    assert mirror.counts.agreed == 6
-    assert len(caller.asked) == 100
-
-
-async def test_copies_are_bounded_in_bytes_and_their_room_comes_back() -> None:
-    caller, candidate = Place(1), Place(1)
-    both, mirror = shadowed(caller, candidate, max_bytes=20, max_concurrent=8)  # 4 of a request and 4 of its answer
-    async with running(both.run()):
-        for error in (None, EngineFault("it fails"), None):
-            candidate.raises = error
-            candidate.let.clear()
-            dropped, before = mirror.counts.dropped, done(mirror)
-            for _ in range(5):
-                await infer(both, see())
-            assert mirror.counts.dropped == dropped + 3
-            candidate.let.set()
-            await until(partial(is_done, mirror, before + 2))
-
-
-async def test_without_anybody_to_run_it_a_shadow_fills_up_and_that_is_all() -> None:
-    both, mirror = shadowed(Place(1), Place(2), max_queue=3)
-    for _ in range(10):
-        await infer(both, see())
-    assert mirror.counts.dropped == 7
-
-
-async def test_a_candidate_that_never_answers_is_given_up_at_its_own_deadline() -> None:
-    candidate = Place(1)
-    both, mirror = shadowed(Place(1), candidate, timeout_s=0.02)
-    candidate.let.clear()
-    async with running(both.run()):
-        for _ in range(3):
-            await infer(both, see())
-        await until(lambda: mirror.counts.failed == {"DEADLINE_EXCEEDED": 3})
-    assert candidate.now == 0, "nothing is left behind"
-
-
-@pytest.mark.parametrize("allowed", ["edge-only", "no-learning", "edge_only"])
-async def test_what_must_not_be_seen_is_not_shown(allowed: str) -> None:
-    caller, candidate = Place(1), Place(1)
-    private, plain = see(parameters={PRIVACY: allowed}), see(id="plain")
-    both, mirror = shadowed(caller, candidate)
-    async with running(both.run()):
-        for request in (private, plain):
-            await infer(both, request)
-        await until(lambda: done(mirror) == 1)
-    assert [request.id for request in candidate.asked] == ["plain"]
-    assert mirror.counts.private == 1
-    both, mirror = shadowed(caller, candidate, local=True)
-    async with running(both.run()):
-        await infer(both, private)
-        await until(lambda: done(mirror) == 1)
-    assert candidate.asked[-1].parameters == {PRIVACY: allowed}, "where it stays here, it is seen, and still says so"
-
-
-async def test_a_copy_is_nobodys_to_pay_for_and_what_it_was_when_it_was_made() -> None:
-    class Reusing(Place):
-        """Answers in the same array each time."""
-
-        async def infer(self, request: InferRequest, deadline: Deadline) -> InferResponse:
-            answer = await super().infer(request, deadline)
-            return replace(answer, outputs=(replace(answer.outputs[0], array=buffer),))
-
-    buffer = np.ones(1, np.float32)
-    caller, candidate = Reusing(1), Place(1)
-    both, mirror = shadowed(caller, candidate, version="1")
-    request = see(version="1", parameters={"timeout": 1, "priority": 2})
-    request = replace(request, origin=Origin(tenant="a", hops=2, traceparent="00-1-2-01", tracestate="b=c"))
-    await infer(both, request)
-    request.inputs[0].array[:] = 9.0
-    buffer[:] = 9.0
-    async with running(both.run()):
-        await until(lambda: mirror.counts.agreed)
-    (seen,) = candidate.asked
-    assert seen.origin == Origin(hops=2)
-    assert seen.parameters == {"priority": 2}
-    assert (seen.model, seen.version, seen.input("x")[0]) == ("there", "1", 1.0)
-
-
-async def test_only_the_share_is_shown_and_neither_failures_nor_streams() -> None:
-    caller, candidate = Place(1), Place(1)
-    both, mirror = shadowed(caller, candidate, share=0.1, max_queue=1000)
-    async with running(both.run()):
-        for _ in range(200):
-            await infer(both, see())
-        await until(lambda: done(mirror) >= 16)
-        await until(lambda: not mirror._bytes)
-        assert done(mirror) == pytest.approx(20, abs=4)
-        mirror.share, before = 0.0, len(candidate.asked)
-        for _ in range(50):
-            await infer(both, see())
-        mirror.share = 1.0
-        assert len([answer async for answer in both.stream(see(), Deadline.never())]) == 1
-        caller.raises = EngineFault("it fails")
-        with pytest.raises(EngineFault):
-            await infer(both, see())
-        caller.raises = None
-        await infer(both, see())
-        await until(lambda: len(candidate.asked) > before)
-    assert len(candidate.asked) == before + 1
 
 
 # -- real models, real servers
@@ -647,29 +383,7 @@ async def test_only_the_share_is_shown_and_neither_failures_nor_streams() -> Non
 
 @pytest.fixture
 async def host(stack: AsyncExitStack, tmp_path: Path) -> ModelHost:
-    """Three releases of a classifier: the third takes each class for the next."""
-    host = ModelHost(HostSettings(workers=1))
-    stack.push_async_callback(host.close)
-    for number, shift in ((7, 0), (8, 0), (9, 1)):
-        file = models.classifier(tmp_path / f"{number}.onnx", shift=shift)
-        await host.load_file(ModelFile(f"digits-{number}", str(number), file, precision="fp32"))
-    return host
-
-
-@pytest.mark.parametrize("inline_bytes", [0, shadow.INLINE_BYTES])
-async def test_a_shadow_tells_a_good_candidate_from_a_bad_one(
-    host: ModelHost, inline_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shadow, "INLINE_BYTES", inline_bytes)
-    good, bad = (Mirror(host, ShadowSettings(model=f"digits-{n}", share=1.0), local=True) for n in (8, 9))
-    both = Shadow(host, {"digits-7": good})
-    async with running(good.run(), bad.run()):
-        for digit in range(10):
-            request = models.request(models.pixels(digit), model="digits-7")
-            bad.show(request, await infer(both, request), 0.001)
-        await until(lambda: done(good) == done(bad) == 10)
-    assert (good.counts.agreed, good.counts.furthest) == (10, 0.0)
-    assert (bad.counts.differed, bad.counts.furthest) == (10, 1.0)
+    return await releases(stack, tmp_path)
 
 
 async def test_releases_are_split_with_quotas_over_the_wire_and_each_by_its_own_gate(
@@ -684,7 +398,7 @@ async def test_releases_are_split_with_quotas_over_the_wire_and_each_by_its_own_
     router = Router({name: Route(model=name, edge=host) for name in ("digits-7", "digits-9")})
     for number in (7, 9):
         router.set_gate(f"digits-{number}", str(number), Gate(threshold=0.1), None)
-    quotas = TenantsSettings(named={"greedy": QuotaSettings(requests_per_s=1e-6, burst_requests=2)})
+    quotas = TenantsSettings(named={"greedy": TenantSettings(requests_per_s=1e-6, burst_requests=2)})
     both = Split(router, {"digits": settings.over(router, local=True)})
     server = await stack.enter_async_context(Server(Quotas(both, quotas), ServerSettings(port=0)))
     told = msgspec.structs.replace(REMOTE, forward_tenant=True)
@@ -735,25 +449,6 @@ async def test_a_cloud_that_dies_loses_its_share_to_the_other_and_gets_it_back(s
         assert again.asked == 1
 
 
-async def test_a_cloud_that_dies_as_a_shadow_is_nothing_to_the_caller(stack: AsyncExitStack, host: ModelHost) -> None:
-    async with Cloud() as cloud:
-        remote = await stack.enter_async_context(RemoteBackend("cloud", cloud.target, REMOTE))
-        mirror = Mirror(remote, ShadowSettings(model=MODEL, share=1.0))
-        both = Shadow(host, {"digits-7": mirror})
-        request = replace(models.request(model="digits-7"), outputs=("logits",))
-        await stack.enter_async_context(running(both.run()))
-        await infer(both, request)
-        await until(lambda: mirror.counts.agreed == 1)
-        cloud.delay_s = PATIENCE_S
-        cloud.asking.clear()
-        await infer(both, request)
-        await cloud.asking.wait()
-    for _ in range(5):
-        assert (await infer(both, request)).output("logits").argmax() == 3
-    await until(lambda: done(mirror) == 7)
-    assert mirror.counts.failed["UNAVAILABLE"] == 6
-
-
 def test_settings_are_read_from_toml_and_a_wrong_one_is_named(tmp_path: Path) -> None:
     file = tmp_path / "split.toml"
     file.write_text('[targets.stable]\nmodel = "digits-7"\nweight = 95\n[targets.candidate]\nmodel = "digits-8"\n')
@@ -765,8 +460,3 @@ def test_settings_are_read_from_toml_and_a_wrong_one_is_named(tmp_path: Path) ->
     file.write_text('[targets.stable]\nmodel = "digits-7"\nweight = -1\n')
     with pytest.raises(ConfigError, match="targets"):
         load(SplitSettings, file, {})
-    file.write_text('model = "digits-8"\nshare = 0.5\ncomparison = "values"\n')
-    assert load(ShadowSettings, file, {}).share == 0.5
-    file.write_text('model = "digits-8"\nshare = 50\n')
-    with pytest.raises(ConfigError, match="share"):
-        load(ShadowSettings, file, {})

@@ -1,8 +1,7 @@
-"""Large models on Ray Serve, behind the Open Inference Protocol.
+"""The way to the models on Ray Serve, as a Backend.
 
-Each replica is a process of Ray Serve with a `ModelHost` in it; `RayServeBackend` is the way there, so what callers
-meet is the same `Server` as on a device, with the same statuses. Requests and answers go over Serve's handle as the
-objects of `hedgerow.tensors`, pickled; what is over 100 kB travels through Ray's shared memory.
+Requests and answers go over Serve's handle as the objects of `hedgerow.tensors`, pickled; what is over 100 kB travels
+through Ray's shared memory.
 """
 
 import asyncio
@@ -10,127 +9,20 @@ import contextlib
 import logging
 import math
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-
 from hedgerow.backend import Deadline, ModelState, Snapshot
-from hedgerow.config import Count, ServerSettings, Settings
-from hedgerow.errors import (
-    BackendUnavailable,
-    ConfigError,
-    DeadlineExceeded,
-    HedgerowError,
-    ModelNotFound,
-    Overloaded,
-)
-from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
-from hedgerow.lifecycle import supervise
+from hedgerow.errors import BackendUnavailable, DeadlineExceeded, HedgerowError, ModelNotFound, Overloaded
 from hedgerow.remote.latency import LatencyWindow
-from hedgerow.service import Server
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata
-from hedgerow_cloud.cluster import local_ray
+from hedgerow_cloud.serving.replica import VERSION
 
-VERSION: Final = "1"
-"""Large models are served in one version; which file that is, the metadata's sha256 says."""
 PING_INTERVAL_S: Final = 0.5
 PING_TIMEOUT_S: Final = 3.0
 """How long a replica may be silent before callers are told that there is none."""
 RETRY_AFTER_S: Final = 1.0
-MAX_ONGOING: Final = 256
-"""Requests in one replica, waiting ones included; its host refuses more than it wants itself."""
-MAX_QUEUED: Final = 64
-"""Requests that wait on this side for a replica to take them."""
-START_ATTEMPTS: Final = 1
-HEALTH_CHECK_S: Final = 1.0
-SHUTDOWN_POLL_S: Final = 0.2
-_APP: Final = "hedgerow"
 
 log = logging.getLogger(__name__)
-
-
-class ServeSettings(Settings, frozen=True, kw_only=True):
-    """The large models: `hedgerow-cloud serve --config FILE`."""
-
-    models: dict[str, str]
-    """Files by the name they are served under; relative to the folder of the settings."""
-    server: ServerSettings = ServerSettings(port=8003)
-    replicas: Count = 1
-    host: HostSettings = HostSettings()
-    """How each replica runs its models."""
-
-
-async def serve(settings: ServeSettings, base: Path, stop: asyncio.Event) -> None:
-    """Serve the models of `settings` until `stop` is set. Relative paths begin at `base`.
-
-    Raises `ConfigError` naming a file that is not there.
-    """
-    settings = _located(settings, base)
-    with local_ray():
-        async with deployed(settings) as backend, Server(backend, settings.server, name="hedgerow-cloud") as server:
-            log.info("serving %s on %s", ", ".join(settings.models), server.address)
-            await supervise(stop, watch=backend.watch())
-            log.info("stopping")
-
-
-@contextlib.asynccontextmanager
-async def deployed(settings: ServeSettings) -> AsyncIterator["RayServeBackend"]:
-    """The models of `settings` on Ray Serve, in the Ray that runs, for the length of an ``async with``."""
-    from ray import serve as ray_serve
-
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what matters of it, we say ourselves
-    application = ray_serve.deployment(
-        name="models",
-        num_replicas=settings.replicas,
-        max_ongoing_requests=MAX_ONGOING,
-        max_queued_requests=MAX_QUEUED,
-        max_constructor_retry_count=START_ATTEMPTS,
-        health_check_period_s=HEALTH_CHECK_S,
-        graceful_shutdown_timeout_s=settings.server.drain_s,
-        graceful_shutdown_wait_loop_s=SHUTDOWN_POLL_S,
-        user_config={"models": settings.models, "host": msgspec.to_builtins(settings.host)},
-    )(Replica).bind()
-    ray_serve.start(proxy_location="Disabled")
-    try:
-        try:
-            handle = await asyncio.to_thread(ray_serve.run, application, name=_APP, route_prefix=None)
-        except RuntimeError as error:
-            reason = await asyncio.to_thread(_reason, error)
-            raise HedgerowError(f"the models do not start on Ray Serve: {reason}") from error
-        backend = RayServeBackend(handle)
-        await backend.connect()
-        yield backend
-    finally:
-        await asyncio.to_thread(ray_serve.shutdown)
-
-
-class Replica:
-    """What runs in a process of Ray Serve: a `ModelHost`, and its methods for the handle."""
-
-    def __init__(self) -> None:
-        self._host: ModelHost | None = None
-
-    async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Load the models of `config`; called by Serve before the first request, and again for new ones."""
-        host = self._host or ModelHost(msgspec.convert(config["host"], HostSettings), name="replica")
-        for name, path in config["models"].items():
-            await host.load_file(ModelFile(name, VERSION, Path(path)))
-        self._host = host
-
-    async def interfaces(self) -> tuple[ModelMetadata, ...]:
-        """The metadata of all models, and a sign of life."""
-        host = self._loaded()
-        return tuple([await host.metadata(state.name) for state in await host.models()])
-
-    async def infer(self, request: InferRequest, timeout_s: float | None) -> InferResponse:
-        """The answer; `timeout_s` is what is left of the deadline, since clocks differ between machines."""
-        deadline = Deadline.never() if timeout_s is None else Deadline.after(timeout_s)
-        return await self._loaded().infer(request, deadline)
-
-    def _loaded(self) -> ModelHost:
-        assert self._host is not None, "Serve calls reconfigure first"
-        return self._host
 
 
 class RayServeBackend:
@@ -144,7 +36,8 @@ class RayServeBackend:
         self._handle = handle
         self._name = name
         self._metadata: dict[str, ModelMetadata] = {}
-        self._latencies: dict[str, LatencyWindow] = {}
+        self._latencies = {"": LatencyWindow()}
+        """By model, and of all."""
         self._lost = "not connected yet"
         self._look = asyncio.Event()
         self._waits: set[asyncio.Timeout] = set()
@@ -195,7 +88,8 @@ class RayServeBackend:
         timeout_s = None if math.isinf(deadline.at) else deadline.remaining
         started = asyncio.get_running_loop().time()
         answer: InferResponse = await self._call("infer", request, timeout_s, timeout_s=timeout_s)
-        self._latencies[request.model].add(asyncio.get_running_loop().time() - started)
+        for model in ("", request.model):
+            self._latencies[model].add(asyncio.get_running_loop().time() - started)
         return answer
 
     async def stream(self, request: InferRequest, deadline: Deadline) -> AsyncIterator[InferResponse]:
@@ -203,8 +97,8 @@ class RayServeBackend:
         yield await self.infer(request, deadline)
 
     def snapshot(self, model: str) -> Snapshot:
-        """See `Backend`."""
-        if model not in self._metadata:
+        """See `Backend`; of all models where none is named."""
+        if model and model not in self._metadata:
             return Snapshot(healthy=False, reason="no such model")
         latency = self._latencies[model]
         return Snapshot(
@@ -281,24 +175,3 @@ class RayServeBackend:
 
     def _unavailable(self) -> BackendUnavailable:
         return BackendUnavailable(f"no model server is available: {self._lost}", retry_after_s=RETRY_AFTER_S)
-
-
-def _located(settings: ServeSettings, base: Path) -> ServeSettings:
-    """The settings with the models' files as replicas find them, whatever folder they run in."""
-    if not settings.models:
-        raise ConfigError("models: name at least one model and its file")
-    files = {name: (base / path).resolve() for name, path in settings.models.items()}
-    for name, file in files.items():
-        if not file.is_file():
-            raise ConfigError(f"models.{name}: there is no file {file}")
-    return msgspec.structs.replace(settings, models={name: str(file) for name, file in files.items()})
-
-
-def _reason(error: Exception) -> str:
-    """Why a deployment failed: the last line of the replica's traceback, which Serve keeps in its status."""
-    from ray import serve as ray_serve
-
-    statuses = ray_serve.status().applications.values()
-    told = [deployment.message for status in statuses for deployment in status.deployments.values()]
-    lines = "\n".join([str(error), *told]).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__

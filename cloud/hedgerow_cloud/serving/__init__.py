@@ -1,0 +1,1 @@
+"""Large models on Ray Serve, behind the Open Inference Protocol."""

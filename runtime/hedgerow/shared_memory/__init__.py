@@ -1,0 +1,1 @@
+"""Tensors in memory that callers on this machine share with the server."""
