@@ -30,10 +30,11 @@ from hedgerow.config import load
 from hedgerow.durable import write_durably
 from hedgerow.errors import ConfigError, HedgerowError
 from hedgerow.host.model_host import ModelFile, ModelHost
+from hedgerow.journey import Route
 from hedgerow.link import Link, Topics, checked_id
 from hedgerow.remote.backend import RemoteBackend
-from hedgerow.router import Route, Router, RouteSettings
-from hedgerow.service import Server
+from hedgerow.router import Router, RouteSettings
+from hedgerow.server import Server
 from hedgerow.telemetry import metrics
 from hedgerow.telemetry.diagnostics import Page, health, watched
 from hedgerow.telemetry.logs import configure_logging

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from hedgerow.backend import Around, Backend, Deadline
 from hedgerow.config import Count, Settings
 from hedgerow.errors import DeadlineExceeded, Forbidden, HedgerowError, Overloaded
-from hedgerow.router import DEGRADED
+from hedgerow.parameters import DEGRADED
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Tensor
 from hedgerow.traffic.facts import payload_bytes
 

@@ -22,7 +22,7 @@ Probabilities = NDArray[np.float64]
 
 def max_probability(probabilities: Probabilities) -> NDArray[np.float64]:
     """The largest class probability of each row (Hendrycks and Gimpel 2017)."""
-    return np.asarray(probabilities.max(axis=1))
+    return np.asarray(np.maximum.reduce(probabilities, axis=1))
 
 
 def margin(probabilities: Probabilities) -> NDArray[np.float64]:
@@ -42,6 +42,9 @@ SCORES: Mapping[str, Callable[[Probabilities], NDArray[np.float64]]] = {
     "margin": margin,
     "entropy": entropy,
 }
+
+
+_TINY = np.finfo(np.float64).tiny
 
 
 class Gate(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,16 +71,19 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True):
         classes = logits.shape[-1] if logits.ndim else 0
         if classes < 2:
             return np.zeros(logits.size // max(classes, 1))
+        # Ufuncs themselves: of a row or two, most of the time goes into numpy's wrappers around them.
         rows = logits.reshape(-1, classes).astype(np.float64)
-        finite = np.isfinite(rows).all(axis=1)
+        finite = np.logical_and.reduce(np.isfinite(rows), axis=1)
         rows[~finite] = 0.0
         if self.probabilities:  # their logarithms are logits
-            rows = np.log(np.maximum(rows, np.finfo(np.float64).tiny))
+            rows = np.log(np.maximum(rows, _TINY))
         rows /= self.temperature
-        rows -= rows.max(axis=1, keepdims=True)
-        exponentials = np.exp(rows)
-        probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
-        return np.where(finite, np.clip(SCORES[self.score](probabilities), 0.0, 1.0), 0.0)
+        rows -= np.maximum.reduce(rows, axis=1, keepdims=True)
+        np.exp(rows, out=rows)
+        rows /= np.add.reduce(rows, axis=1, keepdims=True)
+        scores = np.minimum(np.maximum(SCORES[self.score](rows), 0.0), 1.0)
+        scores[~finite] = 0.0
+        return scores
 
     def passes(self, confidence: float) -> bool:
         """Whether an answer of that confidence is good enough."""
@@ -135,7 +141,7 @@ def confidence(gate: Gate, response: InferResponse) -> float:
     except KeyError:
         return 0.0
     if len(scores) == 1:
-        return float(scores[0])
+        return scores.item()
     return float(scores.min()) if scores.size else 0.0
 
 

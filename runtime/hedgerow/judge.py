@@ -8,23 +8,28 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import Final
 
 import msgspec
 
 from hedgerow.backend import Backend, Deadline
 from hedgerow.errors import HedgerowError, InvalidRelease, ModelNotFound, ModelNotReady
 from hedgerow.gate import Gate, Guarantee, covers, mismatch
+from hedgerow.tensors import ModelMetadata
 
 TEACHER_TIMEOUT_S = 0.25
 """How long a request may wait for the teacher's metadata, which a remote has at hand after the first time."""
 TEACHER_SHARE = 0.25
 """The most of what is left of its deadline that the request waits for it: the edge must still have time to answer."""
+TEACHER_AGE_S = 1.0
+"""How long what the teacher says of itself is taken for what it is; a remote's word is older than that anyway."""
 TEACHER_RETRY_S = 5.0
 """Pause after a failed lookup, in which what was known last counts."""
 UNSCORED = frozenset({"BYTES", "BF16"})
 """Datatypes whose arrays hold no numbers: text, and bits that numpy takes for integers."""
 NO_RELEASE = "no release on the device"
+
+_UNKNOWN: Final[Mapping[str, str]] = {}
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +45,18 @@ class Verdict(msgspec.Struct, frozen=True):
     """Whether there is, or may be, a gate that cannot be used. False without one: then none was ever promised."""
 
 
-@dataclass(slots=True)
-class _Entry:
+class _Entry(msgspec.Struct):
     gate: Gate | None
     guarantee: Guarantee | None
-    said: set[str] = field(default_factory=set)
+    said: set[str] = set()
+    seen: tuple[ModelMetadata, Mapping[str, str], Verdict] | None = None
+    """Student and teacher as they were when they were looked at last, and what that gave."""
 
 
-@dataclass(slots=True)
-class _Teacher:
-    properties: Mapping[str, str] | None = None
-    retry_at: float = 0.0
+class _Teacher(msgspec.Struct):
+    properties: Mapping[str, str] = {}
+    look_at: float = 0.0
+    """When to look again."""
 
 
 class Judges:
@@ -91,37 +97,52 @@ class Judges:
             return Verdict(None, NO_RELEASE)
         except HedgerowError as error:
             return Verdict(None, f"gate refused: {error}", version, refused=True)
-        reason = ""
-        datatype = next((spec.datatype for spec in student.outputs if spec.name == entry.gate.output), None)
-        if datatype is None:
-            reason = f"gate refused: it judges the output {entry.gate.output!r}, which {model}/{version} does not have"
-        elif datatype in UNSCORED:
-            reason = f"gate refused: it judges the output {entry.gate.output!r}, which is {datatype} and has no scores"
-        elif entry.guarantee is not None:
-            teacher = {} if cloud is None else await self._teacher(entry, cloud, cloud_model, deadline)
-            if problem := mismatch(entry.guarantee, student.properties, teacher):
-                reason = f"gate refused: {problem}"
-        if not reason:
-            return Verdict(entry.gate, version=version)
-        _say_once(entry, logging.ERROR, f"{model}/{version}: {reason}")
-        return Verdict(None, reason, version, refused=True)
+        teacher = _UNKNOWN
+        if entry.guarantee is not None and cloud is not None:
+            teacher = await self._teacher(entry, cloud, cloud_model, deadline)
+        seen = entry.seen
+        if seen is None or seen[0] is not student or seen[1] is not teacher:
+            seen = entry.seen = student, teacher, _verdict(entry, entry.gate, student, teacher, version)
+        return seen[2]
 
     async def _teacher(self, entry: _Entry, cloud: Backend, cloud_model: str, deadline: Deadline) -> Mapping[str, str]:
         """What the cloud says of its model, as of late; nothing while it has never been heard."""
         teacher = self._teachers.setdefault((cloud.name, cloud_model), _Teacher())
-        if cloud.snapshot(cloud_model).healthy and time.monotonic() >= teacher.retry_at:
+        now = time.monotonic()
+        if now >= teacher.look_at and cloud.snapshot(cloud_model).healthy:
             wait_s = min(TEACHER_TIMEOUT_S, TEACHER_SHARE * deadline.remaining)
             try:
                 async with asyncio.timeout(wait_s):
-                    teacher.properties = (await cloud.metadata(cloud_model)).properties
-                if not teacher.properties.get("sha256"):
+                    properties = (await cloud.metadata(cloud_model)).properties
+            except (HedgerowError, TimeoutError):
+                if wait_s == TEACHER_TIMEOUT_S:  # who is in a hurry must not have the others go without
+                    teacher.look_at = time.monotonic() + TEACHER_RETRY_S
+            else:
+                teacher.look_at = now + TEACHER_AGE_S
+                if properties != teacher.properties:
+                    teacher.properties = properties
+                if not properties.get("sha256"):
                     _say_once(
                         entry, logging.WARNING, f"{cloud.name} does not say its model's digest: it is not checked"
                     )
-            except (HedgerowError, TimeoutError):
-                if wait_s == TEACHER_TIMEOUT_S:  # who is in a hurry must not have the others go without
-                    teacher.retry_at = time.monotonic() + TEACHER_RETRY_S
-        return teacher.properties or {}
+        return teacher.properties
+
+
+def _verdict(entry: _Entry, gate: Gate, student: ModelMetadata, teacher: Mapping[str, str], version: str) -> Verdict:
+    """Whether `gate` may judge what `student` answers in `version`."""
+    datatype = next((spec.datatype for spec in student.outputs if spec.name == gate.output), None)
+    reason = ""
+    if datatype is None:
+        reason = f"it judges the output {gate.output!r}, which {student.name}/{version} does not have"
+    elif datatype in UNSCORED:
+        reason = f"it judges the output {gate.output!r}, which is {datatype} and has no scores"
+    elif entry.guarantee is not None:
+        reason = mismatch(entry.guarantee, student.properties, teacher)
+    if not reason:
+        return Verdict(gate, version=version)
+    reason = f"gate refused: {reason}"
+    _say_once(entry, logging.ERROR, f"{student.name}/{version}: {reason}")
+    return Verdict(None, reason, version, refused=True)
 
 
 def _say_once(entry: _Entry, level: int, text: str) -> None:

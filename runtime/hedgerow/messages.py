@@ -271,7 +271,9 @@ def _tensors_from_proto(
         if datatype not in DTYPES:
             raise fault(f"{where}: expected a datatype out of {', '.join(DTYPES)}, got {datatype!r}")
         shape = tuple(message.shape)
-        count = _elements(where, shape, fault)
+        count, problem = _elements(shape)
+        if problem:
+            raise fault(f"{where}: {problem}")
         if not raws:
             flat = _from_contents(where, message, count, fault)
         elif message.HasField("contents") and message.contents.ByteSize():  # MLServer sends an empty one
@@ -284,14 +286,16 @@ def _tensors_from_proto(
     return tuple(tensors)
 
 
-def _elements(where: str, shape: tuple[int, ...], fault: type[HedgerowError]) -> int:
+@lru_cache(MAX_REMEMBERED)
+def _elements(shape: tuple[int, ...]) -> tuple[int, str]:
+    """How many elements a tensor of `shape` has, or what is wrong with it."""
     if len(shape) > MAX_RANK:
-        raise fault(f"{where}: expected at most {MAX_RANK} dimensions, got {len(shape)}")
+        return 0, f"expected at most {MAX_RANK} dimensions, got {len(shape)}"
     if shape and min(shape) < 0:
-        raise fault(f"{where}: expected dimensions of zero or more, got shape {list(shape)}")
+        return 0, f"expected dimensions of zero or more, got shape {list(shape)}"
     if math.prod([size or 1 for size in shape]) > MAX_ELEMENTS:
-        raise fault(f"{where}: expected at most {MAX_ELEMENTS} elements, got shape {list(shape)}")
-    return math.prod(shape)
+        return 0, f"expected at most {MAX_ELEMENTS} elements, got shape {list(shape)}"
+    return math.prod(shape), ""
 
 
 def _from_raw(where: str, raw: Raw, datatype: str, count: int, fault: type[HedgerowError]) -> NDArray[Any]:

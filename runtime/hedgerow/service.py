@@ -9,18 +9,17 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from functools import partial
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from msgspec.structs import replace
 
-from hedgerow import __version__, transports
+from hedgerow import __version__
+from hedgerow.alarms import Alarms, Until
 from hedgerow.backend import Backend, Deadline, ModelControl
 from hedgerow.config import ServerSettings
 from hedgerow.errors import (
-    DeadlineExceeded,
     Forbidden,
     HedgerowError,
     InvalidInput,
@@ -28,7 +27,6 @@ from hedgerow.errors import (
     ModelNotReady,
     Overloaded,
 )
-from hedgerow.health import Health, reflection_methods
 from hedgerow.identity import Identify, Tokens, as_said, bearer, token_digest
 from hedgerow.lifecycle import InFlight
 from hedgerow.messages import (
@@ -43,9 +41,8 @@ from hedgerow.messages import (
 )
 from hedgerow.overrides import check_config, wanted_config
 from hedgerow.proto import oip_pb2
-from hedgerow.rpc import Call, Method, Methods, address, details, methods, parse, public
+from hedgerow.rpc import Call, Method, details, methods, parse, public
 from hedgerow.shared_memory.calls import SharedMemoryCalls
-from hedgerow.shared_memory.regions import Regions, SharedMemorySettings
 from hedgerow.shared_memory.tensors import SharedTensors, names_regions
 from hedgerow.statistics import BatchCounts, Statistics, Stopwatch
 from hedgerow.telemetry.logs import REQUEST
@@ -65,8 +62,6 @@ STREAM_ANSWERS = 16
 """Answers of one streamed request that may wait for the caller to read those before."""
 RETRY_AFTER_S = 1.0
 """When a refused caller may try again."""
-FLUSH_S = 1.0
-"""How long calls may linger after the drain: answers being sent, idle streams."""
 
 FINAL_ASKED: Final = "triton_enable_empty_final_response"
 FINAL: Final = "triton_final_response"
@@ -105,6 +100,7 @@ class OipService:
         self.statistics = Statistics()
         self.inflight = InFlight()
         self.draining = False
+        self._alarms = Alarms(Until.is_over, Until.ring)
 
     @property
     def methods(self) -> dict[str, Method]:
@@ -129,6 +125,10 @@ class OipService:
             },
             unparsed={"ModelInfer"},
         )
+
+    def close(self) -> None:
+        """Watch no more deadlines: once nothing is in flight."""
+        self._alarms.close()
 
     async def ready(self) -> bool:
         """Whether requests are taken and every model has a version that is ready."""
@@ -267,7 +267,7 @@ class OipService:
         request = request_from_proto(message, caller, raws)
         REQUEST.set(request)
         deadline, timeout = self._deadline(request, call)
-        async with timeout:
+        with timeout:
             metadata = await self._interface(request.model, request.version)
             watch.asks(metadata)
             check_request(request, metadata)
@@ -321,17 +321,20 @@ class OipService:
                 raise ModelNotFound(f"Request for unknown model: {error}") from error
             raise
 
-    def _deadline(self, request: InferRequest, call: Call) -> tuple[Deadline, AbstractAsyncContextManager[object]]:
+    def _deadline(self, request: InferRequest, call: Call) -> tuple[Deadline, AbstractContextManager[object]]:
         """Until when `request` may take, and what holds it to that where the transport does not."""
         limit_s = self._settings.default_timeout_s if math.isinf(call.deadline.at) else math.inf
-        timeout_us = request.parameters.get("timeout")  # reserved by the protocol
+        timeout_us = request.parameters.get("timeout") if request.parameters else None  # reserved by the protocol
         if isinstance(timeout_us, int) and timeout_us > 0:
             limit_s = min(limit_s, timeout_us / 1e6)
+        elif limit_s == math.inf:
+            call.deadline.check("the request could be started")
+            return call.deadline, _UNLIMITED
         own = Deadline.after(limit_s)
         if call.deadline.at <= own.at:
             call.deadline.check("the request could be started")
             return call.deadline, _UNLIMITED
-        return own, _Until(own)
+        return own, Until(own, self._alarms)
 
     async def _answer_streamed(self, raw: bytes, call: Call, answers: _Queue) -> None:
         identity = ""
@@ -368,7 +371,7 @@ class OipService:
         deadline, timeout = self._deadline(request, call)
         # Who asks to be told of the last answer is: by an empty one after those of a model that gives any number.
         tell = request.parameters.get(FINAL_ASKED) is True
-        async with timeout:
+        with timeout:
             metadata = await self._interface(request.model, request.version)
             watch.asks(metadata)
             decoupled = metadata.properties.get(DECOUPLED) == "true"
@@ -390,80 +393,6 @@ class OipService:
                 await answers.put(oip_pb2.ModelStreamInferResponse(infer_response=last))
 
 
-class Server:
-    """A gRPC server of one backend: OIP, health and reflection. An async context manager, or `start` and `stop`.
-
-    The backend stays its owner's to close. With a `control`, callers may load and unload models. `around` may put
-    something around the methods that are served, such as spans (`telemetry.tracing`). `batches` gives what ran of
-    a model in the version that is serving, where somebody counts that. `identify` says for which tenant a call is. With
-    `shared_memory`, tensors may lie there.
-    """
-
-    def __init__(
-        self,
-        backend: Backend,
-        settings: ServerSettings,
-        *,
-        control: ModelControl | None = None,
-        name: str = "hedgerow",
-        around: Callable[[Methods], Methods] | None = None,
-        batches: Callable[[str], BatchCounts | None] = lambda _: None,
-        identify: Identify = as_said,
-        shared_memory: SharedMemorySettings | None = None,
-    ) -> None:
-        self._settings = settings
-        self._around = around
-        self._shared: SharedTensors | None = None
-        if shared_memory is not None:
-            regions = Regions(shared_memory, compatibility=settings.compatibility)
-            self._shared = SharedTensors(regions, shared_memory.max_copied_bytes)
-        self.service = OipService(backend, settings, control, name, batches, identify, self._shared)
-        self.listener: transports.Listener | None = None
-        """The transport, while it listens."""
-        self.port = 0
-        """The port that is listened on, once started."""
-
-    @property
-    def address(self) -> str:
-        """Where it listens: "host:port"."""
-        return address(self._settings.host, self.port)
-
-    async def start(self) -> int:
-        """Listen; the bound port. Raises `ConfigError` if the address cannot be had."""
-        names = [SERVICE.full_name]
-        served: Methods = {
-            **self.service.methods,
-            **Health(self.service.ready, names).methods,
-            **reflection_methods(names, [oip_pb2.DESCRIPTOR]),
-        }
-        if self._around is not None:
-            served = self._around(served)
-        self.listener = await transports.listen(served, self._settings)
-        self.port = self.listener.port
-        return self.port
-
-    async def stop(self) -> None:
-        """Say NOT_SERVING, refuse what is new, finish what is in flight within `drain_s`, then close. Idempotent."""
-        listener, self.listener = self.listener, None
-        if listener is None:
-            return
-        self.service.draining = True
-        drained = False
-        try:
-            drained = await self.service.inflight.idle(self._settings.drain_s)
-        finally:
-            await listener.stop(FLUSH_S if drained else 0)
-            if self._shared is not None:
-                self._shared.regions.unregister("")
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.stop()
-
-
 def _answer(
     message: oip_pb2.ModelInferRequest, request: InferRequest, response: InferResponse, metadata: ModelMetadata
 ) -> InferResponse:
@@ -481,26 +410,6 @@ async def _closing(responses: AsyncIterator[InferResponse]) -> AsyncIterator[Asy
     finally:
         if isinstance(responses, AsyncGenerator):
             await responses.aclose()
-
-
-class _Until:
-    """Ends what is in it when the deadline passes, as `DeadlineExceeded`."""
-
-    def __init__(self, deadline: Deadline) -> None:
-        self._deadline = deadline
-        self._scope = asyncio.timeout_at(deadline.at)
-
-    async def __aenter__(self) -> None:
-        self._deadline.check("the request could be started")
-        await self._scope.__aenter__()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            await self._scope.__aexit__(kind, error, trace)
-        except TimeoutError as timeout:
-            raise DeadlineExceeded("the deadline passed while the request was being worked on") from timeout
 
 
 _UNLIMITED: Final = nullcontext()

@@ -20,8 +20,8 @@ from google.protobuf import descriptor_pool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from tritonclient.utils import InferenceServerException
 
+from hedgerow.parameters import TIER
 from hedgerow.proto import oip_pb2
-from hedgerow.router import TIER
 
 __all__ = ["SERVICE", "WAIT_S", "OipContract", "Target", "refused", "request", "still_serves", "triton_inputs"]
 

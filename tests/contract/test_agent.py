@@ -10,7 +10,7 @@ from simulators import agents, models
 from simulators.agents import Agent
 from simulators.background import in_background
 
-from hedgerow.router import DEGRADED, RELEASE, TIER
+from hedgerow.parameters import DEGRADED, RELEASE, TIER
 
 MODEL = "digits"
 CLASSES = (3, 5, 8)

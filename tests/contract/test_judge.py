@@ -14,7 +14,7 @@ from simulators.background import in_background
 from hedgerow import __version__
 from hedgerow.config import ServerSettings
 from hedgerow.function import FunctionBackend, FunctionModel
-from hedgerow.service import Server
+from hedgerow.server import Server
 from hedgerow.tensors import ModelMetadata, TensorSpec
 
 COMMAND = Path(__file__).parents[2] / "scripts" / "oip-conformance"

@@ -29,7 +29,7 @@ from hedgerow.config import ServerSettings
 from hedgerow.errors import ConfigError, HedgerowError
 from hedgerow.lifecycle import supervise
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
-from hedgerow.service import Server
+from hedgerow.server import Server
 from hedgerow_cloud.cluster import local_ray
 from hedgerow_cloud.local.broker import free_port
 from hedgerow_cloud.serving.backend import PING_TIMEOUT_S

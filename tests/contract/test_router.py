@@ -19,9 +19,11 @@ from simulators.cloud import Cloud
 from hedgerow.config import ServerSettings
 from hedgerow.gate import Gate
 from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
+from hedgerow.journey import Route
+from hedgerow.parameters import DEGRADED, TIER
 from hedgerow.remote.backend import RemoteBackend
-from hedgerow.router import DEGRADED, TIER, Route, Router
-from hedgerow.service import Server
+from hedgerow.router import Router
+from hedgerow.server import Server
 
 MODEL = "digits"
 CLASSES = (3, 5, 8)

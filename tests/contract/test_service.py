@@ -12,7 +12,7 @@ from simulators.background import in_background
 from hedgerow import transports
 from hedgerow.config import ServerSettings
 from hedgerow.function import FunctionBackend, FunctionModel
-from hedgerow.service import Server
+from hedgerow.server import Server
 from hedgerow.tensors import ModelMetadata, TensorSpec
 
 MAX_MESSAGE_BYTES = 2**20

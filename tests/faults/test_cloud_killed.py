@@ -15,7 +15,7 @@ import tritonclient.grpc.aio as triton
 from simulators import agents, cloud, models
 from simulators.agents import Agent
 
-from hedgerow.router import DEGRADED, REASON, RELEASE, TIER
+from hedgerow.parameters import DEGRADED, REASON, RELEASE, TIER
 
 IN_FLIGHT = 8
 DEADLINE_S = 2.5

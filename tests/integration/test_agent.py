@@ -23,7 +23,7 @@ from hedgerow.host.model_host import ModelFile, ModelHost
 from hedgerow.messages import request_from_proto, response_from_proto
 from hedgerow.proto import link_pb2, oip_pb2
 from hedgerow.release import Limits
-from hedgerow.service import Server
+from hedgerow.server import Server
 
 MARKED_S = 30
 

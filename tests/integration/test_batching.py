@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from simulators import models
 
 from hedgerow import engines
+from hedgerow.alarms import STALE
 from hedgerow.backend import Deadline
 from hedgerow.errors import (
     DeadlineExceeded,
@@ -25,7 +26,6 @@ from hedgerow.errors import (
     ModelNotReady,
     Unavailable,
 )
-from hedgerow.host.alarms import STALE
 from hedgerow.host.model_host import BatchSettings, HostSettings, ModelFile, ModelHost, Staged
 from hedgerow.tensors import InferRequest, InferResponse, Tensor, TensorSpec, tensor
 

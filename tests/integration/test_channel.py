@@ -23,7 +23,7 @@ from hedgerow.http2.grpc import MIN_COMPRESSED_BYTES
 from hedgerow.messages import request_to_proto, response_from_proto
 from hedgerow.proto import oip_pb2
 from hedgerow.rpc import PUSHBACK_KEY
-from hedgerow.service import Server
+from hedgerow.server import Server
 from hedgerow.tensors import InferRequest, ModelMetadata, TensorSpec, tensor
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"

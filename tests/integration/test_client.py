@@ -26,7 +26,7 @@ from hedgerow.client.retries import RETRY_BURST, RETRY_SHARE
 from hedgerow.config import ServerSettings
 from hedgerow.errors import HedgerowError
 from hedgerow.function import FunctionBackend, FunctionModel
-from hedgerow.service import Server
+from hedgerow.server import Server
 from hedgerow.tensors import TensorSpec
 
 kinds = pytest.mark.parametrize("kind", KINDS)

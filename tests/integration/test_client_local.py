@@ -24,8 +24,9 @@ from hedgerow.client import AsyncLocalClient, Client, InferenceClient, LocalClie
 from hedgerow.config import ServerSettings
 from hedgerow.errors import HedgerowError, InvalidInput, ModelNotFound
 from hedgerow.host.model_host import ModelFile, ModelHost
-from hedgerow.router import Route, Router
-from hedgerow.service import Server
+from hedgerow.journey import Route
+from hedgerow.router import Router
+from hedgerow.server import Server
 from hedgerow.tensors import InferRequest, InferResponse
 
 X = np.arange(3, dtype=np.float32)

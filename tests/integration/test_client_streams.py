@@ -16,7 +16,7 @@ from hedgerow import errors
 from hedgerow.client import AsyncClient, AsyncInferenceClient, Client, Result
 from hedgerow.config import ServerSettings
 from hedgerow.errors import HedgerowError
-from hedgerow.service import Server
+from hedgerow.server import Server
 from hedgerow.transports.native import NativeListener
 
 kinds = pytest.mark.parametrize("kind", KINDS)

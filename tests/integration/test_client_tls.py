@@ -16,7 +16,7 @@ from simulators.clients import TIMEOUT_S, TRANSPORTS, Explaining
 from hedgerow.client import AsyncClient, Client, ConnectionOptions
 from hedgerow.config import ServerSettings
 from hedgerow.errors import ConfigError, Unavailable
-from hedgerow.service import Server
+from hedgerow.server import Server
 from hedgerow.transports.native import NativeListener
 
 transports = pytest.mark.parametrize("transport", TRANSPORTS)

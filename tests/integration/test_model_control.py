@@ -10,7 +10,7 @@ from simulators.triton_models import TritonModels
 
 from hedgerow.config import ServerSettings
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
-from hedgerow.service import Server
+from hedgerow.server import Server
 
 CALL_S = 60.0
 ROW = {"data_type": "TYPE_INT32", "dims": [-1, 16]}

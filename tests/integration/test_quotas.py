@@ -19,7 +19,8 @@ from hedgerow.identity import token_digest
 from hedgerow.messages import request_to_proto
 from hedgerow.proto import oip_pb2
 from hedgerow.rpc import received
-from hedgerow.service import SERVICE, STATUS, Server
+from hedgerow.server import Server
+from hedgerow.service import SERVICE, STATUS
 from hedgerow.tensors import InferRequest, tensor
 from hedgerow.traffic.quotas import OTHERS, QuotaCounts, Quotas
 from hedgerow.traffic.tenants import QuotaSettings, TenantSettings, TenantsSettings, identify

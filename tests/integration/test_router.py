@@ -34,10 +34,12 @@ from hedgerow.errors import (
 from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.gate import Gate, Guarantee
 from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
+from hedgerow.journey import Route
 from hedgerow.judge import Judges
+from hedgerow.parameters import CONFIDENCE, DEGRADED, PRIVACY, REASON, RELEASE, TIER
 from hedgerow.policies import Policy, Privacy, cloud_first, edge_first
 from hedgerow.remote.backend import RemoteBackend, RemoteSettings
-from hedgerow.router import CONFIDENCE, DEGRADED, PRIVACY, REASON, RELEASE, TIER, Observation, Route, Router
+from hedgerow.router import Observation, Router
 from hedgerow.tensors import InferRequest, InferResponse, Parameter
 
 GATE = Gate(threshold=0.8)

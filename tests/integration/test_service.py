@@ -26,7 +26,8 @@ from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
 from hedgerow.messages import request_to_proto
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
-from hedgerow.service import STREAM_CONCURRENCY, Server
+from hedgerow.server import Server
+from hedgerow.service import STREAM_CONCURRENCY
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, TensorSpec, tensor
 
 X, Y = TensorSpec("x", "FP32", (-1,)), TensorSpec("y", "FP32", (-1,))

@@ -21,8 +21,8 @@ from hedgerow.errors import (
     Overloaded,
 )
 from hedgerow.host.model_host import ModelHost
+from hedgerow.parameters import PRIVACY
 from hedgerow.remote.backend import RemoteBackend
-from hedgerow.router import PRIVACY
 from hedgerow.tensors import InferRequest, InferResponse, Origin
 from hedgerow.traffic import shadow
 from hedgerow.traffic.shadow import Mirror, Shadow, ShadowSettings

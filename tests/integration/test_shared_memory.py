@@ -22,7 +22,7 @@ from hedgerow.errors import InvalidInput, NotFound, Overloaded
 from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.messages import request_to_proto, response_from_proto
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
-from hedgerow.service import Server
+from hedgerow.server import Server
 from hedgerow.shared_memory.regions import FOLDER, Regions, SharedMemorySettings
 from hedgerow.shared_memory.tensors import SharedTensors
 from hedgerow.tensors import InferRequest, ModelMetadata, TensorSpec, tensor

@@ -30,9 +30,11 @@ from hedgerow.errors import (
 from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.gate import Gate
 from hedgerow.host.model_host import ModelHost
+from hedgerow.journey import Route
+from hedgerow.parameters import PRIVACY, RELEASE, SPLIT, SPLIT_REASON, STICKY
 from hedgerow.remote.backend import RemoteBackend
-from hedgerow.router import PRIVACY, RELEASE, SPLIT, SPLIT_REASON, STICKY, Route, Router
-from hedgerow.service import Server
+from hedgerow.router import Router
+from hedgerow.server import Server
 from hedgerow.tensors import InferResponse, ModelMetadata, Origin, TensorSpec
 from hedgerow.traffic import split, targets
 from hedgerow.traffic.quotas import Quotas

@@ -29,12 +29,15 @@ from hedgerow.errors import ConfigError, HedgerowError, InvalidInput, ModelNotFo
 from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.gate import Gate
 from hedgerow.host.model_host import ModelFile, ModelHost
+from hedgerow.journey import Route
 from hedgerow.messages import request_to_proto, response_from_proto
+from hedgerow.parameters import TIER
 from hedgerow.proto import oip_pb2
 from hedgerow.remote.backend import RemoteBackend, RemoteSettings
-from hedgerow.router import TIER, Route, Router
+from hedgerow.router import Router
 from hedgerow.rpc import received
-from hedgerow.service import SERVICE, Server
+from hedgerow.server import Server
+from hedgerow.service import SERVICE
 from hedgerow.telemetry import diagnostics, metrics
 from hedgerow.telemetry.diagnostics import Diagnostics, Page, health
 from hedgerow.telemetry.logs import (

@@ -11,7 +11,7 @@ from simulators.triton_models import TritonModels
 
 from hedgerow import transports
 from hedgerow.config import ServerSettings, environment
-from hedgerow.service import Server
+from hedgerow.server import Server
 from hedgerow.shared_memory.regions import SharedMemorySettings
 
 pytestmark = pytest.mark.slow

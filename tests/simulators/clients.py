@@ -22,7 +22,7 @@ from hedgerow.client import (
 )
 from hedgerow.config import ServerSettings
 from hedgerow.function import FunctionBackend, FunctionModel
-from hedgerow.service import Server
+from hedgerow.server import Server
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Parameter, TensorSpec
 
 TRANSPORTS: Final = ("native", "grpcio")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hedgerow.config import ServerSettings
 from hedgerow.function import FunctionBackend, FunctionModel
-from hedgerow.service import Server
+from hedgerow.server import Server
 from hedgerow.tensors import ModelMetadata, TensorSpec
 
 MODEL = "digits-large"

@@ -37,7 +37,7 @@ from hedgerow.processes.pages import SupervisedMetrics
 from hedgerow.processes.port import held
 from hedgerow.processes.supervisor import Supervisor, SupervisorSettings
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
-from hedgerow.service import Server
+from hedgerow.server import Server
 from hedgerow.telemetry import metrics
 from hedgerow.telemetry.diagnostics import Diagnostics, health
 

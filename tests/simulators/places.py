@@ -14,8 +14,8 @@ from simulators import models
 from hedgerow.backend import Backend, Deadline
 from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
+from hedgerow.parameters import STICKY
 from hedgerow.remote.backend import RemoteSettings
-from hedgerow.router import STICKY
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Origin, TensorSpec, tensor
 
 PATIENCE_S = 60.0

@@ -24,7 +24,7 @@ from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.lifecycle import run
 from hedgerow.messages import request_to_proto, response_from_proto
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
-from hedgerow.service import Server
+from hedgerow.server import Server
 from hedgerow.tensors import InferRequest, ModelMetadata, TensorSpec, tensor
 
 ECHO, BIG, SLOW, VITALS = "echo", "big", "slow", "vitals"

@@ -18,7 +18,7 @@ from hedgerow.errors import DeadlineExceeded, InvalidInput, Overloaded
 from hedgerow.host.model_host import ModelHost
 from hedgerow.processes import pages
 from hedgerow.router import Router
-from hedgerow.service import Server
+from hedgerow.server import Server
 from hedgerow.statistics import MAX_COUNTED, MAX_RELEASES, OTHER, Histogram, RouteCounts, Statistics
 from hedgerow.telemetry import metrics
 from hedgerow.tensors import ModelMetadata

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 
 from hedgerow.errors import ConfigError
+from hedgerow.parameters import STICKY
 from hedgerow.policies import Privacy
-from hedgerow.router import STICKY
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Parameter, TensorSpec, tensor
 from hedgerow.traffic.agreement import ByValue, difference, settle
 from hedgerow.traffic.facts import payload_bytes, privacy

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from hedgerow.client import Client
 from hedgerow.errors import HedgerowError
+from hedgerow.parameters import PRIVACY
 from hedgerow.policies import Privacy
-from hedgerow.router import PRIVACY
 
 TIMEOUT_S = 10.0
 

@@ -18,7 +18,7 @@ import msgspec
 from hedgerow.backend import Backend
 from hedgerow.processes import worker
 from hedgerow.processes.line import Report
-from hedgerow.service import Server
+from hedgerow.server import Server
 from hedgerow.telemetry.logs import configure_logging
 from hedgerow.telemetry.metrics import Metrics, of_remotes, of_server
 from hedgerow_cloud.cluster import joined_ray

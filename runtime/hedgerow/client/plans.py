@@ -9,9 +9,9 @@ from hedgerow.client.interface import InferOptions, Inputs, Options, Result
 from hedgerow.client.retries import Retries
 from hedgerow.errors import HedgerowError, InvalidInput, ModelNotFound, Unavailable
 from hedgerow.messages import CLASSIFICATION, request_to_proto
+from hedgerow.parameters import CONFIDENCE, DEGRADED, PRIVACY, REASON, RELEASE, TIER
 from hedgerow.policies import Privacy
 from hedgerow.proto import oip_pb2
-from hedgerow.router import CONFIDENCE, DEGRADED, PRIVACY, REASON, RELEASE, TIER
 from hedgerow.tensors import NOWHERE, InferRequest, InferResponse, ModelMetadata, Origin, Parameter, tensor
 
 R = TypeVar("R")

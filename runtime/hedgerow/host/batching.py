@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from hedgerow.alarms import Alarms
 from hedgerow.backend import Deadline
 from hedgerow.errors import (
     DeadlineExceeded,
@@ -30,7 +31,6 @@ from hedgerow.errors import (
     ModelNotReady,
     Unavailable,
 )
-from hedgerow.host.alarms import Alarms
 from hedgerow.host.batch import Fit, Outcome, Runnable
 from hedgerow.host.scheduling import BatchSettings, Run, Scheduler, Ticket
 from hedgerow.host.workers import Workers

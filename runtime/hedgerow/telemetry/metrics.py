@@ -24,7 +24,7 @@ from hedgerow.backend import Backend
 from hedgerow.host.model_host import ModelHost
 from hedgerow.lifecycle import InFlight
 from hedgerow.router import Router
-from hedgerow.service import Server
+from hedgerow.server import Server
 from hedgerow.statistics import OTHER, BatchCounts, Histogram, RemoteCounts
 
 OTHER_MODEL: Final = "(other)"

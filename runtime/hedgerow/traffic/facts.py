@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
+from hedgerow.parameters import PREFIX, PRIVACY, STICKY
 from hedgerow.policies import Privacy
-from hedgerow.router import PREFIX, PRIVACY, STICKY
 from hedgerow.tensors import InferRequest, Tensor
 
 

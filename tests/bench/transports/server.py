@@ -1,6 +1,6 @@
 """The server that is measured, as a process: `python -m bench.transports.server KIND PORT SETTINGS_AS_JSON`.
 
-The real `hedgerow.service.Server` over the models of `simulators.victims`: it can be attacked as well as timed.
+The real `hedgerow.server.Server` over the models of `simulators.victims`: it can be attacked as well as timed.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from simulators.victims import MODELS, model
 from hedgerow import transports
 from hedgerow.config import ServerSettings
 from hedgerow.function import FunctionBackend
-from hedgerow.service import Server
+from hedgerow.server import Server
 
 PEERS = Path(__file__).parent / "peers"
 

@@ -1,4 +1,4 @@
-"""Hedgerow without an agent: `hedgerow.service.Server` over a `ModelHost`."""
+"""Hedgerow without an agent: `hedgerow.server.Server` over a `ModelHost`."""
 
 # mypy: disable-error-code="import-not-found"
 
@@ -10,7 +10,7 @@ from engine import read_job
 from hedgerow import lifecycle
 from hedgerow.config import ServerSettings
 from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
-from hedgerow.service import Server
+from hedgerow.server import Server
 
 
 async def main(stop: asyncio.Event) -> None:

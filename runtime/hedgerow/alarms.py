@@ -7,6 +7,9 @@ from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
 
+from hedgerow.backend import Deadline
+from hedgerow.errors import DeadlineExceeded
+
 STALE = 256
 """Things that are done already which may be kept, until they are as many as those that are not."""
 
@@ -60,3 +63,35 @@ class Alarms(Generic[T]):
         if self._timer is not None:
             self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_at(self._heap[0][0], self._expire)
+
+
+class Until:
+    """Ends what is in it when the deadline passes, as `DeadlineExceeded`: `asyncio.timeout`, without a timer each."""
+
+    __slots__ = ("_alarms", "_cancelling", "_deadline", "_over", "_rung", "_task")
+
+    def __init__(self, deadline: Deadline, alarms: "Alarms[Until]") -> None:
+        self._deadline = deadline
+        self._alarms = alarms
+        self._over = self._rung = False
+
+    def is_over(self) -> bool:
+        """Whether what is in it has ended."""
+        return self._over
+
+    def ring(self) -> None:
+        """The deadline has passed."""
+        self._rung = True
+        self._task.cancel()
+
+    def __enter__(self) -> None:
+        self._deadline.check("the request could be started")
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._cancelling = task, task.cancelling()
+        self._alarms.watch(self, self._deadline.at)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._over = True
+        if self._rung and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise DeadlineExceeded("the deadline passed while the request was being worked on") from error
