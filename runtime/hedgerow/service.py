@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from typing import Final
 
+from google.protobuf.message import Message
 from msgspec.structs import replace
 
 from hedgerow import __version__
@@ -40,13 +41,15 @@ from hedgerow.messages import (
     response_to_proto,
 )
 from hedgerow.overrides import check_config, wanted_config
+from hedgerow.parameters import FINAL, FINAL_ASKED, STATUS
 from hedgerow.proto import oip_pb2
-from hedgerow.rpc import Call, Method, details, methods, parse, public
+from hedgerow.rpc import Call, Handler, Method, details, methods, parse, public
 from hedgerow.shared_memory.calls import SharedMemoryCalls
 from hedgerow.shared_memory.tensors import SharedTensors, names_regions
 from hedgerow.statistics import BatchCounts, Statistics, Stopwatch
 from hedgerow.telemetry.logs import REQUEST
 from hedgerow.tensors import (
+    HOPS,
     HOPS_KEY,
     NOWHERE,
     InferRequest,
@@ -63,10 +66,6 @@ STREAM_ANSWERS = 16
 RETRY_AFTER_S = 1.0
 """When a refused caller may try again."""
 
-FINAL_ASKED: Final = "triton_enable_empty_final_response"
-FINAL: Final = "triton_final_response"
-STATUS: Final = "hedgerow_status"
-"""Parameter of a streamed error: the name of its gRPC status, for which the protocol has no place in a stream."""
 DECOUPLED: Final = "decoupled"
 """Property of a model that gives any number of answers to a request."""
 _ORIGIN: Final = frozenset({HOPS_KEY, "traceparent", "tracestate"})
@@ -110,15 +109,15 @@ class OipService:
             SERVICE,
             {
                 "ServerLive": self.server_live,
-                "ServerReady": self.server_ready,
-                "ModelReady": self.model_ready,
+                "ServerReady": _counting_hops(self.server_ready),
+                "ModelReady": _counting_hops(self.model_ready),
                 "ServerMetadata": self.server_metadata,
-                "ModelMetadata": self.model_metadata,
+                "ModelMetadata": _counting_hops(self.model_metadata),
                 "ModelInfer": self.model_infer,
                 "ModelStreamInfer": self.model_stream_infer,
-                "ModelConfig": self.model_config,
-                "ModelStatistics": self.model_statistics,
-                "RepositoryIndex": self.repository_index,
+                "ModelConfig": _counting_hops(self.model_config),
+                "ModelStatistics": _counting_hops(self.model_statistics),
+                "RepositoryIndex": _counting_hops(self.repository_index),
                 "RepositoryModelLoad": self.repository_model_load,
                 "RepositoryModelUnload": self.repository_model_unload,
                 **SharedMemoryCalls(regions, self._identify).handlers,
@@ -288,12 +287,9 @@ class OipService:
         metadata, tenant = call.metadata, self._identify(call)
         if not tenant and metadata.keys().isdisjoint(_ORIGIN):
             return NOWHERE
-        hops = metadata.get(HOPS_KEY, "0")
-        if not hops.isdecimal() or len(hops) > 4:
-            raise InvalidInput(f"{HOPS_KEY} is {hops[:20]!r}; expected a small number")
         return Origin(
             tenant=tenant,
-            hops=int(hops),
+            hops=_count_hops(call),
             traceparent=metadata.get("traceparent", ""),
             tracestate=metadata.get("tracestate", ""),
         )
@@ -391,6 +387,27 @@ class OipService:
                 last = oip_pb2.ModelInferResponse(model_name=request.model, model_version=watch.version, id=request.id)
                 last.parameters[FINAL].bool_param = True
                 await answers.put(oip_pb2.ModelStreamInferResponse(infer_response=last))
+
+
+def _counting_hops(handle: Handler) -> Handler:
+    """`handle`, whose questions to backends say how many routers the call has passed, so that circles end."""
+
+    async def answer(request: Message, call: Call) -> Message:
+        _count_hops(call)
+        answered: Message = await handle(request, call)
+        return answered
+
+    return answer
+
+
+def _count_hops(call: Call) -> int:
+    """How many routers `call` has passed, for what is asked on its behalf."""
+    said = call.metadata.get(HOPS_KEY, "0")
+    if not said.isdecimal() or len(said) > 4:
+        raise InvalidInput(f"{HOPS_KEY} is {said[:20]!r}; expected a small number")
+    hops = int(said)
+    HOPS.set(hops)
+    return hops
 
 
 def _answer(

@@ -12,16 +12,20 @@ import pytest
 from simulators.certificates import Authority
 from simulators.clients import TIMEOUT_S, TRANSPORTS, Explaining
 
+from hedgerow.backend import Deadline
 from hedgerow.client import AsyncClient
 from hedgerow.config import ServerSettings
 from hedgerow.errors import Forbidden, Overloaded, Unauthenticated
 from hedgerow.identity import token_digest
 from hedgerow.messages import request_to_proto
+from hedgerow.parameters import STATUS
 from hedgerow.proto import oip_pb2
+from hedgerow.remote.backend import RemoteBackend
+from hedgerow.remote.settings import RemoteSettings
 from hedgerow.rpc import received
 from hedgerow.server import Server
-from hedgerow.service import SERVICE, STATUS
-from hedgerow.tensors import InferRequest, tensor
+from hedgerow.service import SERVICE
+from hedgerow.tensors import InferRequest, Origin, tensor
 from hedgerow.traffic.quotas import OTHERS, QuotaCounts, Quotas
 from hedgerow.traffic.tenants import QuotaSettings, TenantSettings, TenantsSettings, identify
 
@@ -78,6 +82,14 @@ class Guarded:
             key_file=key,
             timeout_s=TIMEOUT_S,
             attempts=1,
+        )
+
+    def remote(self, name: str, **settings: Any) -> RemoteSettings:
+        """How a router with the certificate of `name` gets here."""
+        certificate, key = map(str, self._files[name])
+        ca_file = str(self._authority.certificate)
+        return RemoteSettings(
+            ca_file=ca_file, cert_file=certificate, key_file=key, forward_tenant=True, timeout_s=TIMEOUT_S, **settings
         )
 
     @asynccontextmanager
@@ -180,6 +192,32 @@ async def test_a_router_that_is_trusted_speaks_for_its_callers_and_no_other_does
         with pytest.raises(Forbidden):
             await other.infer("double", X, tenant=ACME)
     assert to.admitted == {ACME: 1, ROUTER: 1, OTHERS: 1}
+
+
+@pytest.mark.parametrize("dialled_by", TRANSPORTS)
+async def test_a_router_with_a_certificate_brings_its_callers_names_to_the_cloud(
+    stack: AsyncExitStack, tmp_path: Path, transport: str, dialled_by: Any
+) -> None:
+    to = await guarded(
+        stack,
+        tmp_path,
+        transport,
+        mutual=True,
+        identify_by="certificate",
+        trusted_routers=(ROUTER,),
+        named={ACME: twice()},
+    )
+    device = RemoteBackend("cloud", to.server.address, to.remote(ROUTER, transport=dialled_by))
+    forger = RemoteBackend("cloud", to.server.address, to.remote(GUEST, transport=dialled_by))
+    request = InferRequest(model="double", inputs=(tensor("x", X),), origin=Origin(tenant=ACME))
+    async with device, forger:
+        for _ in range(2):
+            assert (await device.infer(request, Deadline.after(TIMEOUT_S))).output("y").tolist() == [0, 2, 4]
+        with pytest.raises(Overloaded, match=f"quota of tenant '{ACME}'"):
+            await device.infer(request, Deadline.after(TIMEOUT_S))
+        with pytest.raises(Forbidden, match="'guest' may not ask for tenant"):
+            await forger.infer(request, Deadline.after(TIMEOUT_S))
+    assert to.admitted == {ACME: 2}
 
 
 # -- tokens

@@ -1,6 +1,7 @@
 """The way to the cloud over real servers: killed, frozen, draining, slow, at fault, of other houses, moved away."""
 
 import asyncio
+import dataclasses
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -17,21 +18,28 @@ from simulators import models
 from simulators.cloud import MODEL, Cloud
 from simulators.foreign import Context, Foreign, refuses, says
 
+from hedgerow import rpc
 from hedgerow.backend import Deadline
+from hedgerow.config import ServerSettings
 from hedgerow.errors import (
     BackendUnavailable,
     ConfigError,
     DeadlineExceeded,
     EngineFault,
+    Forbidden,
+    HedgerowError,
     InvalidInput,
+    ModelNotFound,
     Overloaded,
     Unavailable,
 )
 from hedgerow.proto import oip_pb2
 from hedgerow.remote.backend import RemoteBackend, RemoteSettings, Target
 from hedgerow.remote.balancing import FAULTS_TO_EJECT
+from hedgerow.remote.known import MAX_KNOWN_MODELS
 from hedgerow.remote.limits import WINDOW
-from hedgerow.tensors import InferRequest, Origin
+from hedgerow.server import Server
+from hedgerow.tensors import InferRequest, InferResponse, Origin
 
 LONG_S = 60.0
 SETTINGS = RemoteSettings(
@@ -277,20 +285,47 @@ async def test_more_than_the_remote_can_bear_is_refused_at_once(stack: AsyncExit
     await ask(remote)
 
 
-async def test_the_limit_follows_the_latency_of_a_real_server(stack: AsyncExitStack) -> None:
+async def test_what_a_remote_would_not_answer_in_time_is_refused_until_it_is_quick_again(stack: AsyncExitStack) -> None:
     cloud = await stack.enter_async_context(Cloud())
-    remote = await reached(stack, cloud.target, limit_min=WINDOW // 2, limit_max=WINDOW)
+    remote = await reached(stack, cloud.target, limit_min=1, limit_max=64, timeout_s=1.0, failures_to_open=10**6)
 
-    async def answers(windows: int) -> None:
-        for _ in range(2 * windows):
-            await asyncio.gather(*(ask(remote) for _ in range(WINDOW // 2)))
+    async def burst() -> Sequence[BaseException | None]:
+        return await asyncio.gather(*(ask(remote) for _ in range(8)), return_exceptions=True)
 
-    await answers(10)
-    before = remote._limit.limit
-    assert before > WINDOW // 2
-    cloud.delay_s = 1.0
-    await answers(2)
-    assert remote._limit.limit < before
+    assert remote.limit == 64
+    cloud.delay_s = 0.6
+    async with asyncio.timeout(LONG_S):
+        while remote.limit >= 8:
+            await burst()
+    assert any(isinstance(one, Overloaded) and "one more has 1 s" in str(one) for one in await burst())
+    cloud.delay_s = 0.0
+    async with asyncio.timeout(LONG_S):
+        while remote.limit < 64:
+            await burst()
+
+
+async def test_a_model_that_is_slow_does_not_have_requests_for_a_quick_one_refused(stack: AsyncExitStack) -> None:
+    cloud = await stack.enter_async_context(Cloud())
+    remote = await reached(stack, cloud.target, limit_min=1)
+    limit = remote._admission.admit("slow", LONG_S).limit
+    for _ in range(WINDOW):
+        limit.missed(LONG_S, 1, LONG_S)
+    with pytest.raises(Overloaded, match="for slow"), remote._admission.admit("slow", 1.0):
+        remote._admission.admit("slow", 1.0)
+    async with asyncio.TaskGroup() as group:
+        for _ in range(8):
+            group.create_task(ask(remote))
+    assert cloud.asked == 8
+
+
+async def test_names_of_models_that_nobody_has_do_not_pile_up(stack: AsyncExitStack) -> None:
+    remote = await reached(stack, "127.0.0.1:1")
+    busy = remote._admission.admit("busy", 1.0)
+    with busy:
+        for number in range(10 * MAX_KNOWN_MODELS):
+            remote._admission.admit(f"model-{number}", 1.0)
+        assert len(remote._admission._loads) <= MAX_KNOWN_MODELS
+        assert remote._admission.admit("busy", 1.0) is busy
 
 
 async def test_a_cloud_slower_than_every_caller_is_learnt_as_slow_and_not_as_down(stack: AsyncExitStack) -> None:
@@ -513,3 +548,114 @@ async def test_a_stream_goes_to_an_endpoint_that_is_well(stack: AsyncExitStack) 
     assert [np.argmax(one.output("logits")) for one in answers] == [3]
     assert far.asked == 1
     assert remote.snapshot(MODEL).inflight == 0
+
+
+@pytest.mark.parametrize(
+    ("raised", "arrives"),
+    [
+        (InvalidInput("no such thing"), InvalidInput),
+        (ModelNotFound("no such thing"), ModelNotFound),
+        (Overloaded("no such thing"), Overloaded),
+        (Unavailable("no such thing"), BackendUnavailable),
+        (Forbidden("no such thing"), Forbidden),
+        (EngineFault("no such thing"), EngineFault),
+    ],
+    ids=lambda one: type(one).__name__ if isinstance(one, Exception) else None,
+)
+async def test_an_error_in_a_stream_keeps_what_it_means(
+    stack: AsyncExitStack, raised: HedgerowError, arrives: type[HedgerowError]
+) -> None:
+    cloud = await stack.enter_async_context(Cloud())
+    remote = await reached(stack, cloud.target)
+    cloud.raises = [raised]
+    with pytest.raises(HedgerowError, match="cloud: no such thing") as error:
+        await streamed(remote)
+    assert type(error.value) is arrives
+
+
+async def streamed(remote: RemoteBackend, request: InferRequest = REQUEST) -> list[InferResponse]:
+    return [one async for one in remote.stream(request, Deadline.after(LONG_S))]
+
+
+def tokens(text: str, *, final: bool | None = None) -> oip_pb2.ModelInferResponse:
+    """An answer with `text`, none if it is empty, marked as Triton does it."""
+    response = oip_pb2.ModelInferResponse(model_name=MODEL, model_version="1")
+    if text:
+        response.outputs.add(name="text", datatype="BYTES", shape=[1]).contents.bytes_contents.append(text.encode())
+    if final is not None:
+        response.parameters["triton_final_response"].bool_param = final
+    return response
+
+
+async def test_tritons_marks_of_the_end_are_neither_asked_for_nor_passed_on(stack: AsyncExitStack) -> None:
+    said = [tokens("a", final=False), tokens("b", final=False), tokens("", final=True)]
+    triton = Foreign({}, [oip_pb2.ModelStreamInferResponse(infer_response=one) for one in said])
+    remote = await reached(stack, (await stack.enter_async_context(triton)).target)
+    asked = replace(REQUEST, parameters={"triton_enable_empty_final_response": True, "temperature": 0.5})
+    answers = await streamed(remote, asked)
+    assert [one.output("text").tolist() for one in answers] == [[b"a"], [b"b"]]
+    assert [dict(one.parameters) for one in answers] == [{}, {}]
+    assert [sorted(one.parameters) for one in triton.asked_in_streams] == [["temperature"]]
+
+
+async def test_an_error_without_a_status_in_tritons_stream_is_an_engines(stack: AsyncExitStack) -> None:
+    triton = Foreign({}, [oip_pb2.ModelStreamInferResponse(error_message="boom")])
+    remote = await reached(stack, (await stack.enter_async_context(triton)).target)
+    with pytest.raises(EngineFault, match="cloud: boom"):
+        await streamed(remote)
+
+
+@pytest.mark.parametrize("version", ["", "1", "v2.0"])
+async def test_bare_answers_in_a_stream_are_understood_as_mlserver_gives_them(
+    stack: AsyncExitStack, version: str
+) -> None:
+    said = [tokens("a"), tokens("b")]
+    for one in said:
+        one.model_version = version
+    mlserver = await stack.enter_async_context(Foreign({}, said))
+    remote = await reached(stack, mlserver.target)
+    answers = await streamed(remote)
+    assert [(one.model, one.version, one.output("text").tolist()) for one in answers] == [
+        (MODEL, version, [b"a"]),
+        (MODEL, version, [b"b"]),
+    ]
+
+
+class Counted:
+    """Counts the calls that a server answers, and lets its callers manage models, of which there are none."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, served: rpc.Methods) -> rpc.Methods:
+        def counted(method: rpc.Method) -> rpc.Method:
+            async def handle(request: Any, call: rpc.Call) -> Any:
+                self.calls += 1
+                return await method.handle(request, call)
+
+            return dataclasses.replace(method, handle=handle)
+
+        return {path: counted(method) for path, method in served.items()}
+
+    async def load(self, model: str) -> None:
+        raise ModelNotFound(model)
+
+    unload = load
+
+
+async def test_routers_in_a_circle_do_not_chase_questions_about_models(stack: AsyncExitStack) -> None:
+    settings = msgspec.structs.replace(SETTINGS, probe_timeout_s=LONG_S, heartbeat_s=600.0, max_hops=3)
+    nowhere, counted = "127.0.0.1:1", Counted()
+    first, second = (RemoteBackend(name, nowhere, settings) for name in ("first", "second"))
+    for one, other in ((first, second), (second, first)):
+        server = Server(one, ServerSettings(port=0, drain_s=0.001), around=counted, control=counted)
+        await stack.enter_async_context(server)
+        stack.push_async_callback(one.close)
+        other.update_targets(server.address)
+    with pytest.raises(BackendUnavailable, match="passed 3 routers, the limit is 3"):
+        await first.metadata(MODEL)
+    assert counted.calls == 3
+    assert not await first.ready(MODEL)
+    assert counted.calls == 6
+    assert await first.models() == ()
+    assert counted.calls == 9

@@ -1,7 +1,7 @@
 """A server of another house: a real gRPC server that has no more of the protocol than a test gives it."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self
 
 import grpc
@@ -32,12 +32,15 @@ def refuses(code: grpc.StatusCode, details: str) -> Answer:
 
 
 class Foreign(grpc.GenericRpcHandler):
-    """Answers the unary calls in `answers`, by method name; the others are unimplemented. Ready unless told otherwise.
+    """Answers the unary calls in `answers`, by method name, and each streamed request with all of `streamed`.
 
-    `heard` has the metadata, `left_s` the time left at arrival, of each `ModelInfer`.
+    Other calls are unimplemented. Ready unless told otherwise. `heard` has the metadata, `left_s` the time left at
+    arrival, of each `ModelInfer`; `asked_in_streams` the streamed requests.
     """
 
-    def __init__(self, answers: Mapping[str, Answer]) -> None:
+    def __init__(self, answers: Mapping[str, Answer], streamed: Sequence[Message] = ()) -> None:
+        self.streamed = streamed
+        self.asked_in_streams: list[oip_pb2.ModelInferRequest] = []
         self.answers = {"ServerReady": says(oip_pb2.ServerReadyResponse(ready=True)), **answers}
         self.heard: list[dict[str, str]] = []
         self.left_s: list[float] = []
@@ -47,6 +50,8 @@ class Foreign(grpc.GenericRpcHandler):
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
         name = details.method.rpartition("/")[2]
+        if name == "ModelStreamInfer" and self.streamed:
+            return grpc.stream_stream_rpc_method_handler(self._stream)
         if name not in self.answers:
             return None
 
@@ -58,6 +63,12 @@ class Foreign(grpc.GenericRpcHandler):
             return (await self.answers[name](raw, context)).SerializeToString()
 
         return grpc.unary_unary_rpc_method_handler(answer)
+
+    async def _stream(self, raws: AsyncIterator[bytes], _: Context) -> AsyncIterator[bytes]:
+        async for raw in raws:
+            self.asked_in_streams.append(oip_pb2.ModelInferRequest.FromString(raw))
+            for message in self.streamed:
+                yield message.SerializeToString()
 
     async def __aenter__(self) -> Self:
         self._server = grpc.aio.server()

@@ -21,6 +21,9 @@ from hedgerow.processes.line import Report
 from hedgerow.server import Server
 from hedgerow.telemetry.logs import configure_logging
 from hedgerow.telemetry.metrics import Metrics, of_remotes, of_server
+from hedgerow.telemetry.traffic import of_quotas
+from hedgerow.traffic.quotas import Quotas
+from hedgerow.traffic.tenants import identify
 from hedgerow_cloud.cluster import joined_ray
 from hedgerow_cloud.serving.backend import RayServeBackend
 from hedgerow_cloud.serving.deployment import handle
@@ -44,16 +47,27 @@ class Front:
     def __init__(self, backend: RayServeBackend, settings: ServeSettings) -> None:
         self._end = AsyncExitStack()
         served: Backend = backend
+        quotas = None
+        if settings.tenants is not None:
+            served = quotas = Quotas(served, settings.tenants)
         around = None
         if settings.tracing.endpoint:
             from hedgerow.telemetry.tracing import Tracing
 
             tracing = Tracing(settings.tracing, instance=f"{platform.node()}-{os.getpid()}")
             self._end.push_async_callback(tracing.close)
-            served, around = tracing.around(backend, "serve", remote=True), tracing.methods
-        self.server = Server(served, settings.server, name="hedgerow-cloud", around=around)
+            served, around = tracing.around(served, "serve", remote=True), tracing.methods
+        self.server = Server(
+            served,
+            settings.server,
+            name="hedgerow-cloud",
+            around=around,
+            identify=identify(settings.tenants, settings.server),
+        )
         self._end.push_async_callback(self.server.stop)
-        self.metrics = Metrics(partial(of_server, self.server), partial(of_remotes, (backend,)))
+        self.metrics = Metrics(
+            partial(of_server, self.server), partial(of_remotes, (backend,)), partial(of_quotas, quotas)
+        )
 
     async def __aenter__(self) -> Self:
         return self

@@ -13,6 +13,7 @@ from hedgerow.processes.port import SHARED
 from hedgerow.processes.supervisor import SupervisorSettings
 from hedgerow.telemetry.diagnostics import MetricsSettings
 from hedgerow.telemetry.logs import TracingSettings
+from hedgerow.traffic.tenants import TenantsSettings
 
 CORES_PER_PROCESS: Final = 4
 MAX_PROCESSES: Final = 4
@@ -36,6 +37,8 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
     """How each replica runs its models."""
     metrics: MetricsSettings = MetricsSettings(listen="127.0.0.1:9465")
     tracing: TracingSettings = TracingSettings()
+    tenants: TenantsSettings | None = None
+    """Who asks, and how much they may of each process; absent: no quotas, and callers are who they say."""
 
     def located(self, base: Path) -> "ServeSettings":
         """The settings with the models' files as replicas find them, whatever folder they run in.

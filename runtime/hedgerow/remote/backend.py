@@ -1,8 +1,9 @@
 """A remote as a backend: any server that speaks the protocol, at one address or many.
 
-The life of a request here: marked with where it comes from, admitted (`limits`), sent to the endpoint that is likely to
-answer first (`pool`, `balancing`), hedged if it takes unusually long, sent to another if the first could not take it
-(`breaker.RetryBudget`). What one endpoint may cost is bounded in `endpoint`.
+The life of a request here: admitted if it is likely to be answered in time (`admission`, `limits`), marked with where
+it comes from, sent to the endpoint that is likely to answer first (`pool`, `balancing`), hedged if it takes unusually
+long, sent to another if the first could not take it (`breaker.RetryBudget`). What one endpoint may cost is bounded in
+`endpoint`.
 """
 
 import asyncio
@@ -26,26 +27,25 @@ from hedgerow.errors import (
     ModelNotFound,
     Overloaded,
 )
-from hedgerow.lifecycle import InFlight
-from hedgerow.messages import request_to_bytes, response_from_bytes, response_from_proto
+from hedgerow.messages import request_to_bytes, response_from_bytes
 from hedgerow.proto import oip_pb2
+from hedgerow.remote.admission import Admission, Load
 from hedgerow.remote.breaker import RetryBudget
-from hedgerow.remote.connection import Metadata, parsed
+from hedgerow.remote.connection import FIRST_HOP, Metadata, parsed
 from hedgerow.remote.endpoint import Endpoint
 from hedgerow.remote.known import KnownModels
 from hedgerow.remote.latency import LatencyWindow
-from hedgerow.remote.limits import GradientLimit
 from hedgerow.remote.pool import Pool, Resolve, Targets, addresses
 from hedgerow.remote.settings import RemoteSettings, Target
+from hedgerow.remote.streams import plain, streamed
 from hedgerow.statistics import RemoteCounts
-from hedgerow.tensors import HOPS_KEY, TENANT_KEY, InferRequest, InferResponse, ModelMetadata, Origin
+from hedgerow.tensors import HOPS, HOPS_KEY, TENANT_KEY, InferRequest, InferResponse, ModelMetadata, Origin
 
 __all__ = ["RemoteBackend", "RemoteSettings", "Target"]
 
 HEDGE_BURST = 1
 MAX_VALUE_CHARS = 512
 """Of one value of metadata: as much of `tracestate` W3C Trace Context wants propagated; more is left out whole."""
-_FIRST_HOP: Metadata = ((HOPS_KEY, "1"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class _Call:
     """One request on its way, and who has been asked."""
 
     request: InferRequest
+    load: Load
     raw: bytes
     metadata: Metadata
     deadline: Deadline
@@ -74,10 +75,9 @@ class RemoteBackend:
         self._latency = LatencyWindow()
         self._models = KnownModels(name, 2 * settings.heartbeat_s)
         self._pool = Pool(name, targets, settings, self._latency, self._models, resolve)
-        self._limit = GradientLimit(settings.limit_min, settings.limit_max, fixed=not settings.adaptive_limit)
+        self._admission = Admission(name, settings)
         self._retries = RetryBudget(settings.retry_share, settings.retry_burst)
         self._hedges = RetryBudget(settings.hedge_share, HEDGE_BURST)
-        self._inflight = InFlight()
         self.counts = RemoteCounts()
         self._watch: asyncio.TaskGroup | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -89,8 +89,8 @@ class RemoteBackend:
 
     @property
     def limit(self) -> int:
-        """Requests that may be in flight."""
-        return self._limit.limit
+        """See `Admission`."""
+        return self._admission.limit
 
     def endpoint_states(self) -> dict[str, int]:
         """How many endpoints can be asked, are cut off, or are left alone for a while."""
@@ -152,7 +152,7 @@ class RemoteBackend:
     async def infer(self, request: InferRequest, deadline: Deadline) -> InferResponse:
         """See `Backend`. Retries, within the budget, what an endpoint could not take."""
         call = self._call(request, deadline)
-        with self._inflight:
+        with call.load:
             for _ in range(self.settings.max_retries):
                 try:
                     return await self._once(call)
@@ -166,22 +166,21 @@ class RemoteBackend:
 
     async def stream(self, request: InferRequest, deadline: Deadline) -> AsyncIterator[InferResponse]:
         """See `Backend`. Not retried: some answers may have been given."""
-        call = self._call(request, deadline)
-        with self._inflight:
+        call = self._call(plain(request), deadline)
+        with call.load:
             endpoint = await self._choose(call)
             async with aclosing(endpoint.stream("ModelStreamInfer", call.raw, deadline, call.metadata)) as answers:
                 async for raw in answers:
-                    answer = parsed(oip_pb2.ModelStreamInferResponse.FromString, raw, self._name)
-                    if answer.error_message:
-                        raise EngineFault(f"{self._name}: {answer.error_message}")
-                    yield response_from_proto(answer.infer_response)
+                    answer = streamed(raw, self._name)
+                    if answer is not None:
+                        yield answer
 
     def snapshot(self, model: str) -> Snapshot:  # noqa: ARG002 (the way is the same for every model)
         """See `Backend`."""
         reason = self._pool.reason
         return Snapshot(
             healthy=not reason,
-            inflight=self._inflight.count,
+            inflight=self._admission.inflight.count,
             latency_p50_s=self._latency.quantile(0.5),
             latency_p95_s=self._latency.quantile(0.95),
             reason=reason,
@@ -192,17 +191,13 @@ class RemoteBackend:
         await self._pool.close()
 
     def _call(self, request: InferRequest, deadline: Deadline) -> _Call:
-        """The request as it travels; raises `Overloaded` where one more would only make all of them slower."""
-        if self._inflight.count >= self._limit.limit:
-            raise Overloaded(
-                f"{self._name}: {self._inflight.count} requests are in flight, and with more it would get slower",
-                retry_after_s=self._latency.quantile(0.5),
-            )
+        """The request as it travels; raises `Overloaded` if it would be in vain."""
+        load = self._admission.admit(request.model, min(self.settings.timeout_s, deadline.remaining))
         metadata = self._metadata(request.origin)
         self.counts.requests += 1
         self._retries.requested()
         self._hedges.requested()
-        return _Call(request, request_to_bytes(request), metadata, deadline)
+        return _Call(request, load, request_to_bytes(request), metadata, deadline)
 
     def _metadata(self, origin: Origin) -> Metadata:
         if origin.hops >= self.settings.max_hops:
@@ -212,7 +207,7 @@ class RemoteBackend:
             )
         tenant = origin.tenant if self.settings.forward_tenant else ""
         if not (origin.hops or origin.traceparent or tenant):
-            return _FIRST_HOP
+            return FIRST_HOP
         metadata = [(HOPS_KEY, str(origin.hops + 1))]
         if _fits(origin.traceparent):  # what is malformed is not propagated, says W3C
             metadata.append(("traceparent", origin.traceparent))
@@ -226,9 +221,10 @@ class RemoteBackend:
 
     async def _ask(self, method: str, request: Message) -> bytes:
         """The answer of any endpoint to a question about the server or its models."""
+        metadata = self._metadata(Origin(hops=HOPS.get()))
         deadline = Deadline.after(self.settings.probe_timeout_s)
         endpoint = await self._reach(deadline)
-        return await endpoint.unary(method, request.SerializeToString(), deadline)
+        return await endpoint.unary(method, request.SerializeToString(), deadline, metadata)
 
     async def _reach(self, deadline: Deadline) -> Endpoint:
         """Any endpoint, waiting for the names to be resolved where none is known yet."""
@@ -295,11 +291,13 @@ class RemoteBackend:
 
     async def _attempt(self, call: _Call, endpoint: Endpoint) -> InferResponse:
         started = time.monotonic()
+        limit, inflight = call.load.limit, call.load.count
+        time_s = min(self.settings.timeout_s, call.deadline.at - started)
         self.counts.sent_bytes += len(call.raw)
         try:
             raw = await endpoint.unary("ModelInfer", call.raw, call.deadline, call.metadata, timed=True)
-        except DeadlineExceeded:
-            self._limit.answered(time.monotonic() - started, self._inflight.count)
+        except (DeadlineExceeded, asyncio.CancelledError):
+            limit.missed(time.monotonic() - started, inflight, time_s)
             raise
         except InvalidInput:
             if await self._is_ready(endpoint, call):
@@ -313,7 +311,7 @@ class RemoteBackend:
             endpoint.faulted()
             raise
         self._latency.add(took_s)
-        self._limit.answered(took_s, self._inflight.count)
+        limit.answered(took_s, inflight, time_s)
         endpoint.answered(took_s)
         return answer
 
@@ -322,7 +320,7 @@ class RemoteBackend:
         deadline = Deadline(min(call.deadline.at, Deadline.after(self.settings.probe_timeout_s).at))
 
         async def ask(method: str, message: Message) -> bytes:
-            return await endpoint.unary(method, message.SerializeToString(), deadline)
+            return await endpoint.unary(method, message.SerializeToString(), deadline, call.metadata)
 
         try:
             return await self._models.ready(ask, call.request.model, call.request.version)

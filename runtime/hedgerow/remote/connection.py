@@ -14,9 +14,10 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from hedgerow import rpc
-from hedgerow.errors import ConfigError, EngineFault, HedgerowError, Unavailable
+from hedgerow.errors import BackendUnavailable, ConfigError, EngineFault, HedgerowError, Unavailable
 from hedgerow.http2.channel import CANNOT_CONNECT, GIVEN_UP, Channel
 from hedgerow.proto import oip_pb2
+from hedgerow.tensors import HOPS_KEY
 
 SERVICE: Final = oip_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 ADDRESSES = ("ipv4:", "ipv6:", "unix:", "DNS")
@@ -24,6 +25,8 @@ ADDRESSES = ("ipv4:", "ipv6:", "unix:", "DNS")
 
 Metadata = tuple[tuple[str, str], ...]
 """What goes with a call beside its message."""
+FIRST_HOP: Final[Metadata] = ((HOPS_KEY, "1"),)
+"""What goes with a call that begins here."""
 Connectivity = grpc.ChannelConnectivity
 T = TypeVar("T")
 _Stream: TypeAlias = "grpc.aio.StreamStreamMultiCallable[bytes, bytes]"
@@ -58,20 +61,36 @@ class Connection(Protocol):
 
 
 class Connector:
-    """Makes connections that differ in nothing but where they lead. Raises `ConfigError` for a `ca_file` it can't read.
+    """Makes connections that differ in nothing but where they lead. Raises `ConfigError` for files it can't use.
 
-    `ca_file` is the PEM file of the authority to trust; empty: in the clear. Not `native`, it is by grpc.aio.
+    `ca_file` is the PEM file of the authority to trust; empty: in the clear. `cert_file` and `key_file` say who we are,
+    to those who ask. Not `native`, it is by grpc.aio.
     """
 
-    def __init__(self, *, ca_file: str, connect_timeout_s: float, max_message_bytes: int, native: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        ca_file: str,
+        cert_file: str = "",
+        key_file: str = "",
+        connect_timeout_s: float,
+        max_message_bytes: int,
+        native: bool = True,
+    ) -> None:
+        if bool(cert_file) != bool(key_file) or (cert_file and not ca_file):
+            raise ConfigError("cert_file, key_file: expected both or none, and with a ca_file")
         self._credentials: grpc.ChannelCredentials | None = None
         self._tls: ssl.SSLContext | None = None
         if ca_file:
             try:
-                self._credentials = grpc.ssl_channel_credentials(Path(ca_file).read_bytes())
+                ours = [Path(file).read_bytes() for file in (key_file, cert_file) if file]
+                self._credentials = grpc.ssl_channel_credentials(Path(ca_file).read_bytes(), *ours)
                 self._tls = ssl.create_default_context(cafile=ca_file)
+                if cert_file:
+                    self._tls.load_cert_chain(cert_file, key_file)
             except OSError as error:  # of SSL too
-                raise ConfigError(f"ca_file: cannot read {ca_file}: {error.strerror}") from error
+                files = ", ".join(filter(None, (ca_file, cert_file, key_file)))
+                raise ConfigError(f"ca_file, cert_file, key_file: cannot use {files}: {error.strerror}") from error
             self._tls.set_alpn_protocols(["h2"])
         self._native = native
         self._connect_timeout_s = connect_timeout_s
@@ -116,6 +135,13 @@ def parsed(read: Callable[[bytes], T], raw: bytes, server: str) -> T:
         return read(raw)
     except DecodeError:
         raise EngineFault(f"{server} answered with bytes that are no message of the protocol") from None
+
+
+def meant(fault: HedgerowError) -> type[HedgerowError]:
+    """What the `fault` that a server tells is to those who ask us; one that it has no name for is its engine's."""
+    if isinstance(fault, Unavailable):
+        return BackendUnavailable
+    return EngineFault if type(fault) is HedgerowError else type(fault)
 
 
 class _NativeConnection:

@@ -30,7 +30,7 @@ from hedgerow.lifecycle import InFlight
 from hedgerow.proto import oip_pb2
 from hedgerow.remote.balancing import Conduct
 from hedgerow.remote.breaker import Breaker
-from hedgerow.remote.connection import Connection, Connector, Metadata, parsed
+from hedgerow.remote.connection import FIRST_HOP, Connection, Connector, Metadata, meant, parsed
 from hedgerow.remote.known import KnownModels
 from hedgerow.remote.latency import LatencyWindow, PeakLatency
 from hedgerow.remote.settings import RemoteSettings
@@ -39,6 +39,9 @@ ROUND_TRIPS = 8
 """Heartbeats whose quickest is taken for the way there and back."""
 MAX_WAY_BACK = 0.1
 """The most of the time left that is kept for the way back."""
+NEARLY = 0.9
+"""Share of the time that an answer usually takes which is as good as all of it: callers who wait equally long, and in
+vain, would else be taken by turns for impatient by what they have taught themselves."""
 SILENT = "it does not answer in time"
 
 log = logging.getLogger(__name__)
@@ -242,7 +245,7 @@ class Endpoint:
                 self._failed(str(fault))
             return BackendUnavailable(f"{self._name} unavailable: {fault}", retry_after_s=fault.retry_after_s)
         if isinstance(fault, DeadlineExceeded):
-            expected_s = self._latency.quantile(0.95) or self._settings.connect_timeout_s
+            expected_s = NEARLY * (self._latency.quantile(0.95) or self._settings.connect_timeout_s)
             # With less time than an answer usually takes, its absence says nothing about the endpoint's health, and
             # nothing about its latency but that it is longer.
             if took_s >= expected_s:
@@ -255,7 +258,7 @@ class Endpoint:
                 self.waited(took_s)
             return DeadlineExceeded(f"{self._name} did not answer within {timeout_s * 1000:.0f} ms")
         self.breaker.succeeded()  # it is there, and this is its answer
-        kind = EngineFault if type(fault) is HedgerowError else type(fault)
+        kind = meant(fault)
         if kind is EngineFault:
             self.faulted()
         return kind(f"{self._name}: {fault}", retry_after_s=fault.retry_after_s)
@@ -303,7 +306,9 @@ class Endpoint:
 
     async def _examine(self, connection: Connection) -> str:
         async def ask(method: str, request: Message) -> bytes:
-            return await connection.unary(method, request.SerializeToString(), self._settings.probe_timeout_s)
+            return await connection.unary(
+                method, request.SerializeToString(), self._settings.probe_timeout_s, FIRST_HOP
+            )
 
         started = time.monotonic()
         try:

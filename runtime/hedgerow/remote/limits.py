@@ -1,74 +1,83 @@
-"""How many requests a remote may have in flight before it only gets slower. Pure: no IO, no clock.
+"""Whether one more request to a remote would be answered in the time that it has. Pure: no IO, no clock.
 
-The gradient of Envoy's adaptive concurrency filter and of Netflix's concurrency-limits (Gradient2): the limit is
-multiplied by the ratio of the latency that is usual to the latency now, and given head-room of its square root, so that
-it grows while latency stands still. The usual latency is a slow mean, as in Gradient2, instead of a minimum that has to
-be measured again and again at a concurrency of 3, as in Envoy: that would turn away requests for the sake of measuring,
-and the few requests of a device would never make up for it.
+A limit is there to keep a remote from work that nobody will wait for, and callers from waiting in vain. It is not there
+for a low latency, so no gradient of it sets the limit (as in Envoy's adaptive concurrency, or Netflix's Gradient2): in
+an open loop requests come in bunches, latency is queueing, in this process too, and each bunch would look like an
+overload. What is predicted instead is how long one more would take: by Little's law, as one of `n` in flight, `n` times
+the remote's pace, which is the time between two of its answers, however many it works on at once. It is BBR's model of
+a path, with requests in place of bytes, and the time that a caller has in place of a fixed gain.
 
-Invariants, held by property tests: the limit stays within its bounds; it never falls while the latency is usual; it
-never grows while less than half of it is used.
+An answer after `t` seconds to one of `k` in flight shows a pace of `t / k` at most: less if the remote could have
+worked on more. So a quicker pace is always believed; a slower one only under pressure, when a request took, or was
+expected to take, a good part of its time. One that was not answered in its time counts as if it had taken longer still:
+thus a remote that became slow is backed off from as quickly as by halving.
+
+Invariants, held by property tests: the limit stays within its bounds; more time never makes it lower; it never falls
+without pressure. Held by simulations: nobody is refused at 80 % of what a remote can do; at three times of it what is
+answered in time is what the remote can do; a limit that fell recovers in seconds; those who have too little time for
+any answer cost the others none. Where callers have hardly more time than an answer takes, the limit comes down to
+`least`: there is no room for the spread of the answers.
 """
 
-import math
-import statistics
+from hedgerow.remote.latency import BEYOND
 
 WINDOW = 16
-"""Answers to one step of the limit; their median is the latency now."""
-USUAL_WINDOWS = 100
-"""Windows over which the usual latency is an exponential mean, after the plain mean of the first `WARM_UP_WINDOWS`."""
-WARM_UP_WINDOWS = 10
-TOLERANCE = 1.5
-"""How much slower than usual is still usual (Gradient2)."""
-STEEPEST = 0.5
-"""The least that one step leaves of the limit (Gradient2)."""
-SMOOTHING = 0.2
-"""Share of a step that is taken at once (Gradient2)."""
-RECOVERY = 0.95
-"""How fast the usual latency comes down after the latency has more than halved (Gradient2)."""
-START = 128
+"""Requests to one step of the pace."""
+SMOOTHING = 0.3
+"""Share of a step that is taken at once."""
+PROMPT = 0.8
+"""Share of its time within which a request must be expected to be answered; the rest is for the spread of answers."""
+PRESSURE = 0.5
+"""The share of its time that a request takes, or is expected to, from which on it tells something of the load."""
 
 
-class GradientLimit:
-    """A limit between `least` and `most` that shrinks when answers get slower and grows while they don't."""
+class PaceLimit:
+    """How many requests may be in flight for one more to be answered in time: from `least` to `most`.
 
-    def __init__(self, least: int, most: int, *, fixed: bool = False) -> None:
+    The pace is unknown, and the limit `most`, until there has been pressure. Times are in seconds.
+    """
+
+    def __init__(self, least: int, most: int) -> None:
         self._least = min(least, most)
         self._most = most
-        self._limit = float(most if fixed else max(self._least, min(START, most)))
-        self._fixed = fixed
+        self._pace_s = 0.0
         self._usual_s = 0.0
-        self._windows = 0
-        self._taken: list[float] = []
-        self._busiest = 0
+        self._outcomes = 0
+        self._taken_s = 0.0
+        self._inflight = 0
+        self._pressed = False
 
-    @property
-    def limit(self) -> int:
-        """Requests that may be in flight."""
-        return int(self._limit)
+    def allowed(self, time_s: float) -> int:
+        """Requests that may be in flight with one that has `time_s`, itself included."""
+        if not self._pace_s:
+            return self._most
+        return int(max(self._least, min(self._most, PROMPT * time_s / self._pace_s)))
 
-    def answered(self, seconds: float, inflight: int) -> None:
-        """Count an answer that took `seconds`, or did not come within, with `inflight` requests at its end."""
-        if self._fixed:
-            return
-        self._taken.append(seconds)
-        self._busiest = max(self._busiest, inflight)
-        if len(self._taken) >= WINDOW:
-            self._step(statistics.median(self._taken), self._busiest)
-            self._taken.clear()
-            self._busiest = 0
+    def expected_s(self, inflight: int) -> float:
+        """How long a request is expected to take as one of `inflight`; 0 while that is unknown."""
+        return inflight * self._pace_s
 
-    def _step(self, now_s: float, busiest: int) -> None:
-        now_s = max(now_s, 1e-6)
-        self._windows += 1
-        weight = 1 / self._windows if self._windows <= WARM_UP_WINDOWS else 2 / (USUAL_WINDOWS + 1)
-        usual_s = self._usual_s + weight * (now_s - self._usual_s)
-        if usual_s > 2 * now_s:
-            usual_s *= RECOVERY
-        self._usual_s = usual_s
-        if 2 * busiest < self._limit:  # latency at low load says nothing about the load that can be borne
-            return
-        gradient = max(STEEPEST, min(1.0, TOLERANCE * usual_s / now_s))
-        wanted = self._limit * gradient + math.sqrt(self._limit)
-        stepped = self._limit + SMOOTHING * (wanted - self._limit)
-        self._limit = min(float(self._most), max(float(self._least), stepped))
+    def answered(self, took_s: float, inflight: int, time_s: float) -> None:
+        """Count an answer after `took_s` to a request that had `time_s` and was one of `inflight` when it was sent."""
+        self._pressed |= max(took_s, self.expected_s(inflight)) >= PRESSURE * time_s
+        self._outcomes += 1
+        self._taken_s += took_s
+        self._inflight += inflight
+        if self._outcomes >= WINDOW:
+            self._step()
+
+    def missed(self, waited_s: float, inflight: int, time_s: float) -> None:
+        """Count a request whose answer nobody waited for any longer after `waited_s`; the rest as in `answered`.
+
+        Who leaves sooner than answers usually come has seen nothing of the remote.
+        """
+        self.answered(max(BEYOND * waited_s, self._usual_s), inflight, time_s)
+
+    def _step(self) -> None:
+        pace_s = self._taken_s / self._inflight
+        if not self._pace_s:
+            self._pace_s = pace_s if self._pressed else 0.0
+        elif self._pressed or pace_s < self._pace_s:
+            self._pace_s += SMOOTHING * (pace_s - self._pace_s)
+        self._usual_s = self._taken_s / self._outcomes
+        self._outcomes, self._taken_s, self._inflight, self._pressed = 0, 0.0, 0, False

@@ -60,6 +60,8 @@ class Pool:
         self._resolve = resolve
         self._connector = Connector(
             ca_file=settings.ca_file,
+            cert_file=settings.cert_file,
+            key_file=settings.key_file,
             connect_timeout_s=settings.connect_timeout_s,
             max_message_bytes=settings.max_message_bytes,
             native=settings.transport == "native",

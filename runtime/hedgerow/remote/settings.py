@@ -23,6 +23,9 @@ class RemoteSettings(Settings, frozen=True, kw_only=True):
 
     ca_file: str = ""
     """PEM file of the authority that signed the endpoints' certificates; empty: no TLS."""
+    cert_file: str = ""
+    """PEM file with a certificate of ours, for endpoints that ask who we are (`tenants.trusted_routers` there)."""
+    key_file: str = ""
     zone: str = ""
     """Where we are: endpoints of the same zone are preferred while most of them are well. Empty: no preference."""
     resolve_s: Seconds = 30.0
@@ -52,9 +55,11 @@ class RemoteSettings(Settings, frozen=True, kw_only=True):
     hedge_share: Share = 0.05
     """Hedges, as a share of the requests."""
     adaptive_limit: bool = True
-    """Whether the limit of requests in flight follows the latency; without, it is `limit_max`."""
-    limit_min: Count = 16
+    """Whether requests are refused that are not expected to be answered in their time; see `limits`."""
+    limit_min: Count = 4
+    """Requests for one model that may be in flight whatever is expected of them."""
     limit_max: Count = 1024
+    """Requests that may be in flight."""
     max_hops: Count = 4
     """Routers that a request may pass; one that has passed as many is not sent on, so that routers cannot loop."""
     forward_tenant: bool = False

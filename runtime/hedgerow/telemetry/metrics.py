@@ -194,7 +194,9 @@ def of_remotes(remotes: Sequence[Backend]) -> Iterator[Metric]:
     sent = CounterMetricFamily("hedgerow_remote_sent_bytes", "Bytes of requests to the remote.", labels=labels)
     received = CounterMetricFamily("hedgerow_remote_received_bytes", "Bytes of its answers.", labels=labels)
     limit = GaugeMetricFamily(
-        "hedgerow_remote_limit", "Requests that may be with the remote; it adapts to the latency.", labels=labels
+        "hedgerow_remote_limit",
+        "Requests for its slowest model that it may have; by the pace of its answers.",
+        labels=labels,
     )
     endpoints = GaugeMetricFamily(
         "hedgerow_remote_endpoints",
