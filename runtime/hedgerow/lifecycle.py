@@ -15,12 +15,14 @@ import asyncio
 import gc
 import logging
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, Self
 
 from hedgerow.errors import ConfigError, HedgerowError
 from hedgerow.telemetry.logs import configure_logging
 
+SWITCH_S = 0.0005
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
@@ -43,10 +45,13 @@ def settle() -> None:
     """Take all that is there for lasting: for a daemon to call once, when it has loaded its models and will serve.
 
     The collector of reference cycles looks through everything several times a second under load, and all calls in
-    flight wait 10 to 20 ms for it. What is there now it passes over from here on.
+    flight wait 10 to 20 ms for it. What is there now it passes over from here on. And a thread that comes back from an
+    engine gets the interpreter within `SWITCH_S` from an event loop that is busy; by default it may wait ten times as
+    long, for nothing but reading what will be refused.
     """
     gc.collect()
     gc.freeze()
+    sys.setswitchinterval(SWITCH_S)
 
 
 async def supervise(stop: asyncio.Event, **loops: Coroutine[Any, Any, None]) -> None:

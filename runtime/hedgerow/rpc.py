@@ -93,7 +93,10 @@ class Method:
                 request = parse(self.request, received)
             response = await self.handle(request, call)
             return response if response is None or isinstance(response, bytes) else response.SerializeToString()
-        except Exception as unknown:  # the border: `public` logs what must not cross it
+        except HedgerowError as error:  # the border: `public` logs what must not cross it
+            public(error, self.name)
+            raise  # not "from" itself: each refused call would be a cycle for the garbage collector to find
+        except Exception as unknown:
             raise public(unknown, self.name) from unknown
 
 

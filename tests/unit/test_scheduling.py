@@ -272,6 +272,33 @@ def test_without_load_nobody_is_refused() -> None:
     assert (simulation.refused, simulation.late, simulation.dropped) == (0, 0, 0)
 
 
+def test_a_machine_that_stood_still_for_once_keeps_nobody_out_afterwards() -> None:
+    scheduler: Scheduler[Ticket] = Scheduler(settings())
+    for turn in range(32):
+        took(scheduler, 1, 0.006, 0.01 * turn)
+    took(scheduler, 1, 2.0, 3.0)
+    scheduler.admit(ticket(3.001, deadline=3.101), 3.001)
+
+
+def test_a_model_that_was_slow_for_a_while_is_tried_again_as_soon_as_it_is_idle() -> None:
+    scheduler: Scheduler[Ticket] = Scheduler(settings())
+    for turn in range(32):
+        took(scheduler, 1, 0.3, 0.3 * turn)
+    now = 0.3 * 31
+    with pytest.raises(Overloaded):
+        scheduler.admit(ticket(now + 0.001, deadline=now + 0.101), now + 0.001)
+    scheduler.admit(ticket(now + 0.4, deadline=now + 0.5), now + 0.4)
+
+
+def test_a_batch_is_ready_a_little_before_the_first_deadline_in_it() -> None:
+    scheduler: Scheduler[Ticket] = Scheduler(settings(queue_size=100))
+    took(scheduler, 1, 1.0, 10.0)
+    took(scheduler, 4, 4.0, 10.0)
+    for _ in range(4):
+        scheduler.push(ticket(10.0, deadline=13.0))
+    assert len(scheduler.take(10.0)[0]) == 2, "three would be ready at the very deadline, too late for their callers"
+
+
 def test_times_are_told_by_the_size_of_the_batch_and_follow_when_they_change() -> None:
     times = RunTimes()
     assert times.bound(5) == 0
@@ -286,6 +313,20 @@ def test_times_are_told_by_the_size_of_the_batch_and_follow_when_they_change() -
         times.add(8, 30.0)
     assert times.expected(8) == pytest.approx(30.0, rel=0.01)
     assert times.expected(1) <= times.expected(8) <= times.expected(32) <= 4 * 30.5
+
+
+def test_a_run_that_another_process_interrupts_does_not_send_a_fast_model_back_to_its_threads() -> None:
+    inlining = Inlining(0.001)
+    for _ in range(PROOF_RUNS):
+        inlining.add(1, 0.0002, 0.0001, inline=False)
+    for _ in range(10):
+        inlining.add(1, 0.04, 0.0001, inline=True)
+        for _ in range(PROOF_RUNS):
+            inlining.add(1, 0.0002, 0.0001, inline=True)
+    assert inlining.allows(1)
+    for _ in range(4):
+        inlining.add(1, 0.04, 0.0001, inline=True)
+    assert not inlining.allows(1), "it waits for something, an accelerator perhaps"
 
 
 def test_a_model_runs_on_the_event_loop_only_once_it_is_proved_and_until_it_is_clearly_slow() -> None:

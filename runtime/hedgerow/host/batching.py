@@ -38,6 +38,10 @@ from hedgerow.remote.latency import LatencyWindow
 from hedgerow.statistics import BatchCounts, Compute
 from hedgerow.tensors import InferRequest, InferResponse
 
+INLINE_TURN_S = 0.002
+"""How long batches may run on the event loop before the rest of it has its turn. One batch a turn would be too little:
+what is read in between may be more than that, and under a load near the limit more and more would be refused."""
+
 log = logging.getLogger(__name__)
 
 
@@ -219,7 +223,7 @@ class Batcher:
     def _dispatch(self) -> None:
         """Start what can start."""
         queue, now = self._queue, time.monotonic()
-        self._dispatching = False
+        self._dispatching, spent_s = False, 0.0
         while queue.waiting and queue.free > 0:
             if (start := queue.starts_at(now)) > now:
                 self._wake_at(start)
@@ -232,9 +236,12 @@ class Batcher:
             if not calls:
                 continue
             self._start(calls, now, inline=inline)
-            if inline and queue.waiting:  # the rest of the loop has its turn first
-                self._again()
-                break
+            if inline:
+                began, now = now, time.monotonic()
+                spent_s += now - began
+                if queue.waiting and spent_s > INLINE_TURN_S:  # the rest of the loop has its turn first
+                    self._again()
+                    break
         new, self._new = self._new, []
         for call in new:
             if not call.answer.done():

@@ -48,7 +48,7 @@ class HostSettings(Settings, frozen=True, kw_only=True):
     """Batches of one model that run at the same time."""
     engine_threads: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Threads that an engine uses for one batch; 0: the machine's cores shared among the workers."""
-    queue_size: Count = 128
+    queue_size: Count = 512
     """Requests for one model that wait for a worker; more are refused."""
     batching: BatchSettings = BatchSettings()
     models: dict[str, BatchSettings] = msgspec.field(default_factory=dict)

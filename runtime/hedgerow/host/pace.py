@@ -11,6 +11,8 @@ SPREADS = 2.0
 """Mean deviations above the mean that nearly all runs stay under."""
 FIRST_SPREAD = 0.5
 """The mean deviation as a share of the mean, while only one run is known."""
+MAX_LEAP = 4.0
+"""Times the expected that one run counts at most: where the whole machine stood still, the model is no slower."""
 MIN_VARIANCE = 1e-6
 """Of the rows of recent runs, below which they tell nothing of other sizes."""
 PROOF_RUNS = 32
@@ -19,7 +21,12 @@ MAX_PROOF_RUNS = 1024
 PROOF_SHARE = 0.95
 """Of the recent runs that must have been short."""
 CLEARLY = 2.0
-"""Times the limit that one run on the event loop may take before runs go back to the threads."""
+"""Times the limit of processor time that one run on the event loop may use before runs go back to the threads. On the
+clock it may take longer, where another process has the processor, but"""
+STALL_S = 0.05
+"""no longer than this,"""
+STRIKES = 4.0
+"""nor so many times in a row; each is forgiven by `PROOF_RUNS` short ones."""
 
 
 class RunTimes:
@@ -39,6 +46,7 @@ class RunTimes:
         """Count a run."""
         expected = self.expected(rows)
         if expected:
+            seconds = min(seconds, MAX_LEAP * expected)
             self._spread += SPREAD_GAIN * (abs(seconds - expected) / expected - self._spread)
             off_rows, off_s = rows - self._rows, seconds - self._seconds
             self._rows += GAIN * off_rows
@@ -67,8 +75,8 @@ class Inlining:
     microseconds more slowly than one. What it takes is a proof: `PROOF_RUNS` runs of which nearly all used less
     processor time than the limit, the fastest also less time on the clock (processor time alone would call a model
     fast that waits for an accelerator; the clock alone would count the waiting for the interpreter's lock, which on
-    the event loop there is none of). The first run that clearly exceeds the limit there ends it, and each time a
-    longer proof is asked for.
+    the event loop there is none of). The first run that clearly uses more there ends it, or several that take longer:
+    one may have been interrupted by another process. Each time a longer proof is asked for.
     """
 
     def __init__(self, below_s: float) -> None:
@@ -78,19 +86,21 @@ class Inlining:
         self._recent: deque[tuple[float, float]] = deque(maxlen=PROOF_RUNS)
         self._runs = 0
         self._needed = PROOF_RUNS
+        self._strikes = 0.0
         self.proved = False
 
     def add(self, rows: int, wall_s: float, cpu_s: float, *, inline: bool) -> None:
         """Count a run, on the event loop if `inline`."""
         if not self._below_s:
             return
-        if inline and wall_s > CLEARLY * self._below_s:
+        if inline and self._disproved(wall_s, cpu_s):
             self.proved = False
+            self._strikes = 0.0
             self._runs = 0
             self._needed = min(2 * self._needed, MAX_PROOF_RUNS)
             self._recent.clear()
             return
-        self._cpu.add(rows, wall_s if inline else cpu_s)
+        self._cpu.add(rows, cpu_s)
         self._largest = max(self._largest, rows)
         self._recent.append((wall_s, cpu_s))
         self._runs += 1
@@ -98,6 +108,14 @@ class Inlining:
             short = sum(cpu_s < self._below_s for _, cpu_s in self._recent)
             fastest_s = min(wall_s for wall_s, _ in self._recent)
             self.proved = short >= PROOF_SHARE * len(self._recent) and fastest_s < self._below_s
+
+    def _disproved(self, wall_s: float, cpu_s: float) -> bool:
+        limit_s = CLEARLY * self._below_s
+        if wall_s > limit_s:
+            self._strikes += 1.0
+        else:
+            self._strikes = max(0.0, self._strikes - 1 / PROOF_RUNS)
+        return cpu_s > limit_s or wall_s > max(limit_s, STALL_S) or self._strikes >= STRIKES
 
     def allows(self, rows: int) -> bool:
         """Whether a batch of `rows` is expected to be short enough, more rows than ever ran counting in full."""

@@ -23,9 +23,12 @@ from hedgerow.errors import DeadlineExceeded, Overloaded, Unavailable
 from hedgerow.host.pace import GAIN, Inlining, RunTimes
 
 PROBE_AFTER_S = 1.0
-"""What was measured this long ago no longer keeps a request out: one is let through, and measures anew."""
+"""What was measured this long ago, or longer ago than a run is said to take, no longer keeps a request out that finds
+nothing running: one is let through, and measures anew. An idle model has nothing better to do."""
 SLACK = 1.1
 """What is left between the predicted answer and the deadline, as a factor on the time until then."""
+RETURN_SHARE = 0.03
+"""Of the time that a caller gives, what is kept for the way back: its clock began to run before ours."""
 EFFICIENCY = 0.75
 """Rows a second that a batch made smaller for an urgent request must still do, as a share of what a full one does."""
 STUCK_RETRY_S = 5.0
@@ -49,7 +52,7 @@ class BatchSettings(Settings, frozen=True, kw_only=True):
     """Levels that a request's `priority` may name, 1 the highest; 0, or one beyond them, is the middle."""
     ageing_s: Seconds = 1.0
     """How much longer than a request of the next higher level one waits at most, all else being equal."""
-    inline_below_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0003
+    inline_below_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0005
     """Runs that are proved to be shorter are made on the event loop (see `pace.Inlining`); 0: none."""
     hang_after_s: Seconds = 30.0
     """A run that takes longer is given up: it hangs."""
@@ -58,10 +61,11 @@ class BatchSettings(Settings, frozen=True, kw_only=True):
 class Ticket:
     """A request that waits: its `rows`, its `level` (1 is the highest), and until when it has to be answered.
 
-    Those with the same `key` may share a batch; with the key None it runs alone.
+    Those with the same `key` may share a batch; with the key None it runs alone. `ready_by` is when the answer must be
+    there to be with its caller in time: the caller's clock began to run before ours, and the answer has a way to go.
     """
 
-    __slots__ = ("arrived", "deadline", "key", "level", "rows", "turn", "waiting")
+    __slots__ = ("arrived", "deadline", "key", "level", "ready_by", "rows", "turn", "waiting")
 
     def __init__(self, rows: int, key: Hashable, level: int, arrived: float, deadline: float) -> None:
         self.rows = rows
@@ -69,6 +73,7 @@ class Ticket:
         self.level = level
         self.arrived = arrived
         self.deadline = deadline
+        self.ready_by = deadline - RETURN_SHARE * (deadline - arrived) if deadline < float("inf") else deadline
         self.turn = arrived
         self.waiting = False
 
@@ -209,11 +214,11 @@ class Scheduler(Generic[T]):
         rows, until = 0, float("inf")
         while (group := self._next_group(batch)) is not None:
             ticket = group[0]
-            hurried = ticket.deadline < ends or ticket.rows > limit
-            if hurried and ticket.deadline - now < self._least_s(ticket, limit, times):
+            hurried = ticket.ready_by < ends or ticket.rows > limit
+            if hurried and ticket.ready_by - now < self._least_s(ticket, limit, times):
                 late.append(self._pop(group))
                 continue
-            until = min(until, ticket.deadline)
+            until = min(until, ticket.ready_by)
             if batch and (
                 rows + ticket.rows > limit or (until < ends and until < now + times.expected(rows + ticket.rows))
             ):
@@ -274,7 +279,7 @@ class Scheduler(Generic[T]):
         return sum(self._rows[1 : level + 1])
 
     def _outdated(self, now: float) -> bool:
-        return not self._running and now - self._last_end > PROBE_AFTER_S
+        return not self._running and now - self._last_end > min(PROBE_AFTER_S, self.times.expected(1))
 
     def _heads(self) -> Iterator[deque[T]]:
         """Every group, once those who left are off its front."""

@@ -37,6 +37,8 @@ def format_timeout(seconds: float) -> str:
 
 def quote(text: str) -> bytes:
     """A `grpc-message`: UTF-8, what is not printable ASCII percent-encoded."""
+    if text.isascii() and text.isprintable() and "%" not in text:
+        return text.encode()
     return b"".join(
         b"%c" % byte if 0x20 <= byte <= 0x7E and byte != 0x25 else b"%%%02X" % byte
         for byte in text.encode(errors="replace")

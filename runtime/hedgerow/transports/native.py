@@ -131,6 +131,7 @@ class _Stream(Stream):
     __slots__ = (
         "_connection",
         "_room",
+        "begins",
         "begun",
         "buffered",
         "deadline",
@@ -158,8 +159,10 @@ class _Stream(Stream):
         self.messages: asyncio.Queue[bytes | None] | None = asyncio.Queue() if method.client_streaming else None
         self.withheld = 0
         """What the caller has sent and may not send again before the messages that wait are taken."""
+        self.begins = False
+        """Whether its method has been called, or will be when all is taken apart that came with it;"""
         self.begun = False
-        """Whether headers were sent."""
+        """whether headers were sent."""
         self.moved = True
         """Whether data came or went since somebody looked."""
         self.task: asyncio.Task[None] | None = None
@@ -200,6 +203,7 @@ class _Connection(SocketConnection[_Stream, Head]):
         super().__init__(client=False, convert=convert, max_streams=MAX_STREAMS, wake=self._wake_up)
         self._listener = listener
         self._loop = loop
+        self._starting: list[tuple[_Stream, bytes | AsyncIterator[bytes]]] = []
         self.peer = ""
         """The name in the client's certificate, which was verified."""
 
@@ -214,6 +218,15 @@ class _Connection(SocketConnection[_Stream, Head]):
             return
         self._listener.connections.add(self)
         self._timer = self._loop.call_later(HANDSHAKE_S, self._look)
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        super().data_received(data)
+        starting, self._starting = self._starting, []
+        for stream, received in starting:
+            if not stream.finished and stream.id in self.streams:
+                # Not in a TaskGroup: each call's task belongs to its stream, which cancels it and handles its end.
+                stream.task = self._loop.create_task(self._run(stream, received))
 
     def connection_lost(self, error: Exception | None) -> None:
         """See `asyncio.Protocol`."""
@@ -293,7 +306,7 @@ class _Connection(SocketConnection[_Stream, Head]):
     def _take_message(self, stream: _Stream, message: bytes) -> None:
         if stream.messages is not None:
             stream.messages.put_nowait(message)
-        elif stream.task is None:
+        elif not stream.begins:
             self._begin(stream, message)
         else:
             raise InvalidInput(f"{stream.method.name} takes one message; there are more")
@@ -304,7 +317,7 @@ class _Connection(SocketConnection[_Stream, Head]):
             self._refuse(stream, InvalidInput("the call ended within a message"))
         elif stream.messages is not None:
             stream.messages.put_nowait(None)
-        elif stream.task is None and not stream.finished:
+        elif not stream.begins and not stream.finished:
             self._refuse(stream, InvalidInput("the call ended without a message"))
 
     def on_sent(self, stream: _Stream) -> None:
@@ -319,8 +332,9 @@ class _Connection(SocketConnection[_Stream, Head]):
             stream.task.cancel()
 
     def _begin(self, stream: _Stream, received: bytes | AsyncIterator[bytes]) -> None:
-        # Not in a TaskGroup: each call's task belongs to its stream, which cancels it, and its end is handled in it.
-        stream.task = self._loop.create_task(self._run(stream, received))
+        # Once all that came with it is taken apart: under overload, it may have been given up in the same breath.
+        stream.begins = True
+        self._starting.append((stream, received))
 
     async def _run(self, stream: _Stream, received: bytes | AsyncIterator[bytes]) -> None:
         try:
