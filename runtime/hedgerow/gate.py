@@ -73,8 +73,10 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True):
             return np.zeros(logits.size // max(classes, 1))
         # Ufuncs themselves: of a row or two, most of the time goes into numpy's wrappers around them.
         rows = logits.reshape(-1, classes).astype(np.float64)
-        finite = np.logical_and.reduce(np.isfinite(rows), axis=1)
-        rows[~finite] = 0.0
+        sound = np.isfinite(rows)
+        broken = None if sound.all() else ~np.logical_and.reduce(sound, axis=1)
+        if broken is not None:
+            rows[broken] = 0.0
         if self.probabilities:  # their logarithms are logits
             rows = np.log(np.maximum(rows, _TINY))
         rows /= self.temperature
@@ -82,7 +84,8 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True):
         np.exp(rows, out=rows)
         rows /= np.add.reduce(rows, axis=1, keepdims=True)
         scores = np.minimum(np.maximum(SCORES[self.score](rows), 0.0), 1.0)
-        scores[~finite] = 0.0
+        if broken is not None:
+            scores[broken] = 0.0
         return scores
 
     def passes(self, confidence: float) -> bool:
