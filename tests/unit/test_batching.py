@@ -31,6 +31,7 @@ class Function:
         pass
 
 
+ROOM = 2**20
 X, Y = TensorSpec("x", "FP32", (-1, 2)), TensorSpec("y", "FP32", (-1, 2))
 
 
@@ -141,7 +142,10 @@ def test_requests_share_a_batch_only_if_they_fit_together() -> None:
     )
 
     def key(rows: int, columns: int, outputs: tuple[str, ...] = ()) -> object:
-        return model.fit(request(Tensor("x", "FP32", np.zeros((rows, columns), np.float32)), outputs=outputs), 4).key
+        given = request(Tensor("x", "FP32", np.zeros((rows, columns), np.float32)), outputs=outputs)
+        return model.fit(given, 4, ROOM).key
+            request(Tensor("x", "FP32", np.zeros((rows, columns), np.float32)), outputs=outputs), 4, ROOM
+        ).key
 
     assert key(1, 2) is not None
     assert key(1, 2) == key(3, 2)
@@ -149,7 +153,14 @@ def test_requests_share_a_batch_only_if_they_fit_together() -> None:
     assert key(1, 2) != key(1, 2, ("y",))
     assert key(5, 2) is None, "it is larger than a batch"
     with pytest.raises(InvalidInput):
-        model.fit(request(Tensor("x", "FP64", np.zeros((1, 2)))), 4)
+        model.fit(request(Tensor("x", "FP64", np.zeros((1, 2)))), 4, ROOM)
+
+
+@pytest.mark.parametrize(("columns", "most"), [(2, 32), (2**10, 16), (2**15, 1), (2**20, 1)])
+def test_large_rows_are_put_together_only_as_far_as_their_bytes_allow(columns: int, most: int) -> None:
+    model = runnable(lambda x: {"y": x}, [TensorSpec("x", "FP32", (-1, -1))], [TensorSpec("y", "FP32", (-1, -1))])
+    given = request(Tensor("x", "FP32", np.zeros((1, columns), np.float32)))
+    assert model.fit(given, 32, 2**16).most == most
 
 
 def test_inputs_that_differ_in_their_rows_go_alone() -> None:
@@ -157,8 +168,8 @@ def test_inputs_that_differ_in_their_rows_go_alone() -> None:
     model = runnable(lambda x, w: {"y": x * w[:, None]}, two)
     assert model.batches
     w = Tensor("w", "FP32", np.zeros(3, np.float32))
-    assert model.fit(request(x(2), w), 8).key is None
-    assert model.fit(request(x(3), w), 8).key == model.fit(request(w, x(3)), 8).key, "whatever their order"
+    assert model.fit(request(x(2), w), 8, ROOM).key is None
+    assert model.fit(request(x(3), w), 8, ROOM).key == model.fit(request(w, x(3)), 8, ROOM).key, "whatever their order"
 
 
 def test_only_those_whose_rows_are_not_finite_are_at_fault() -> None:
@@ -178,7 +189,7 @@ def test_a_model_that_gives_other_rows_than_it_took_is_not_given_batches_again()
     with pytest.raises(EngineFault, match="expected 3 rows"):
         model.run([request(x(1)), request(x(2))], [1, 2], 3)
     assert not model.batches
-    assert model.fit(request(x(1)), 8).key is None
+    assert model.fit(request(x(1)), 8, ROOM).key is None
 
 
 def test_bfloat16_is_judged_by_its_bits() -> None:

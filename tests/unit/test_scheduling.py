@@ -19,8 +19,10 @@ def settings(**given_: object) -> BatchSettings:
     return BatchSettings(**{"instances": 1, "queue_size": 8, "max_batch_size": 4, **given_})  # type: ignore[arg-type] # by name
 
 
-def ticket(now: float = 0.0, *, rows: int = 1, key: object = "a", level: int = 2, deadline: float = NEVER) -> Ticket:
-    return Ticket(rows, key, level, now, deadline)
+def ticket(
+    now: float = 0.0, *, rows: int = 1, key: object = "a", level: int = 2, deadline: float = NEVER, most: int = 1000
+) -> Ticket:
+    return Ticket(rows, key, level, now, deadline, most)
 
 
 def took(scheduler: Scheduler[Ticket], rows: int, seconds: float, now: float = 0.0) -> None:
@@ -288,6 +290,24 @@ def test_a_model_that_was_slow_for_a_while_is_tried_again_as_soon_as_it_is_idle(
     with pytest.raises(Overloaded):
         scheduler.admit(ticket(now + 0.001, deadline=now + 0.101), now + 0.001)
     scheduler.admit(ticket(now + 0.4, deadline=now + 0.5), now + 0.4)
+
+
+def test_a_batch_has_no_more_rows_than_any_in_it_allows() -> None:
+    scheduler: Scheduler[Ticket] = Scheduler(settings(max_batch_size=8, queue_size=100))
+    for key, most in [("large", 1)] * 2 + [("middle", 3)] * 4 + [("small", 1000)] * 8:
+        scheduler.admit(ticket(key=key, most=most), 0.0)
+    assert [len(scheduler.take(0.0)[0]) for _ in range(5)] == [1, 1, 3, 1, 8]
+
+
+def test_who_would_wait_behind_many_that_run_one_by_one_is_told_so() -> None:
+    scheduler: Scheduler[Ticket] = Scheduler(settings(max_batch_size=8, queue_size=100))
+    took(scheduler, 1, 1.0, 1.0)
+    for _ in range(20):
+        scheduler.push(ticket(1.0, most=1))
+    scheduler.begin(1, 1.0)
+    with pytest.raises(Overloaded):
+        scheduler.admit(ticket(1.0, deadline=10.0, most=1), 1.0)
+    scheduler.admit(ticket(1.0, deadline=40.0, most=1), 1.0)
 
 
 def test_a_batch_is_ready_a_little_before_the_first_deadline_in_it() -> None:

@@ -48,6 +48,8 @@ class Fit:
     rows: int
     key: Hashable | None
     """None: with nobody."""
+    most: int = 1
+    """Rows of a batch with it, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +78,11 @@ class Runnable:
         """Free the model; nothing may be running."""
         self._session.close()
 
-    def fit(self, request: InferRequest, max_rows: int) -> Fit:
-        """How `request` can be run in batches of up to `max_rows`; raises `InvalidInput` if the model takes no such."""
+    def fit(self, request: InferRequest, max_rows: int, max_bytes: int) -> Fit:
+        """How `request` can be run in batches of up to `max_rows`, together with others of up to `max_bytes`.
+
+        Raises `InvalidInput` if the model takes no such.
+        """
         shapes = [(given.name, given.datatype, given.array.shape) for given in request.inputs]
         signature = (max_rows, request.outputs, *shapes)
         known = self._known.get(signature)
@@ -90,7 +95,9 @@ class Runnable:
             if len(rows) == 1:
                 count = rows.pop()
                 key = (request.outputs, *sorted((name, shape[1:]) for name, _, shape in shapes))
-                fit = Fit(count, key if count <= max_rows else None)
+                each_bytes = sum(given.array.nbytes for given in request.inputs) // max(1, count)
+                most = min(max_rows, max(1, max_bytes // max(1, each_bytes)))
+                fit = Fit(count, key if count <= max_rows else None, most)
         if len(self._known) < MAX_KNOWN_SHAPES:
             self._known[signature] = fit
         return fit

@@ -53,7 +53,7 @@ class Call(Ticket):
     def __init__(
         self, owner: "Batcher", request: InferRequest, fit: Fit, level: int, now: float, deadline: float, *, bound: bool
     ) -> None:
-        super().__init__(fit.rows, fit.key, level, now, deadline)
+        super().__init__(fit.rows, fit.key, level, now, deadline, fit.most)
         self.owner = owner
         self.request = request
         self.bound = bound
@@ -168,11 +168,11 @@ class Batcher:
                         f"version {call.request.version!r} of {self._model.metadata.name} was replaced by"
                         f" {self._model.version} while the request waited"
                     )
-                fit = self._model.fit(call.request, self._settings.max_batch_size)
+                fit = self._model.fit(call.request, self._settings.max_batch_size, self._settings.max_batch_bytes)
             except HedgerowError as error:
                 _refuse(call, error)
                 continue
-            call.rows, call.key, call.owner = fit.rows, fit.key, self
+            call.rows, call.key, call.most, call.owner = fit.rows, fit.key, fit.most, self
             self._queue.push(call)
             self._arrived(call)
 
@@ -196,7 +196,7 @@ class Batcher:
     def _submit(self, request: InferRequest, deadline: float, *, bound: bool) -> Call:
         if self._retired is not None:
             raise ModelNotReady(f"{self._name} is being let go")
-        fit = self._model.fit(request, self._settings.max_batch_size)
+        fit = self._model.fit(request, self._settings.max_batch_size, self._settings.max_batch_bytes)
         call = Call(self, request, fit, self._level(request), time.monotonic(), deadline, bound=bound)
         self._queue.admit(call, call.arrived)
         self._arrived(call)

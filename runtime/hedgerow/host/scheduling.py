@@ -40,6 +40,9 @@ class BatchSettings(Settings, frozen=True, kw_only=True):
 
     max_batch_size: Count = 32
     """Rows of one run; 1: never together. A request with more runs alone."""
+    max_batch_bytes: Count = 2 * 2**20
+    """Of inputs that are put together for one run. Rows that are larger run one by one: for a processor, putting them
+    together costs more than it saves, and the memory for it stays with the engine. An accelerator may want more."""
     max_delay_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """How long a free instance waits for more rows; 0: it takes what has arrived."""
     preferred_sizes: tuple[Count, ...] = ()
@@ -62,14 +65,18 @@ class Ticket:
     """A request that waits: its `rows`, its `level` (1 is the highest), and until when it has to be answered.
 
     Those with the same `key` may share a batch; with the key None it runs alone. `ready_by` is when the answer must be
-    there to be with its caller in time: the caller's clock began to run before ours, and the answer has a way to go.
+    there to be with its caller in time: the caller's clock began to run before ours, and the answer has a way to go. A
+    batch with it has `most` rows at most.
     """
 
-    __slots__ = ("arrived", "deadline", "key", "level", "ready_by", "rows", "turn", "waiting")
+    __slots__ = ("arrived", "deadline", "key", "level", "most", "ready_by", "rows", "turn", "waiting")
 
-    def __init__(self, rows: int, key: Hashable, level: int, arrived: float, deadline: float) -> None:
+    def __init__(
+        self, rows: int, key: Hashable, level: int, arrived: float, deadline: float, most: int = 2**31
+    ) -> None:
         self.rows = rows
         self.key = key
+        self.most = most
         self.level = level
         self.arrived = arrived
         self.deadline = deadline
@@ -102,6 +109,8 @@ class Scheduler(Generic[T]):
         self._running: set[Run] = set()
         self._last_end = float("-inf")
         self._usual_rows = 1.0
+        self._full = settings.max_batch_size
+        """Rows of a batch while enough of such wait as came last."""
         self.waiting = 0
         """Requests in the queue."""
         self.hung = 0
@@ -132,14 +141,14 @@ class Scheduler(Generic[T]):
             raise Unavailable("the model does not answer: all its instances hang", retry_after_s=STUCK_RETRY_S)
         # What free instances will take at the end of this turn of the event loop does not count as waiting.
         if self.waiting >= self._settings.queue_size + self.free * self._settings.max_batch_size:
-            wait_s = self._wait_s(ticket.level, now) + self.times.expected(self._settings.max_batch_size)
+            wait_s = self._wait_s(ticket.level, now) + self.times.expected(self._full)
             raise Overloaded(f"the queue is full: {self.waiting} requests are waiting", retry_after_s=wait_s or None)
-        most_s = self.times.bound(self._settings.max_batch_size) * (2 + self.waiting)
+        most_s = self.times.bound(self._full) * (2 + self.waiting)
         if ticket.deadline < now + most_s:  # it can't be late otherwise
             wait_s = self._wait_s(ticket.level, now)
             # Those who come after it will fill up its batch as usual: were it too urgent for that, it would make the
             # batch small, and all others wait for longer.
-            rows = ticket.rows + self._rows_ahead(ticket.level) % self._settings.max_batch_size
+            rows = ticket.rows + self._rows_ahead(ticket.level) % self._full
             rows = max(rows, round(self._usual_rows))
             run_s = self.times.expected(rows) if self.idle else self.times.bound(rows)
             if now + SLACK * (wait_s + run_s) > ticket.deadline and not self._outdated(now):
@@ -152,6 +161,7 @@ class Scheduler(Generic[T]):
         ticket.waiting = True
         self.waiting += 1
         self._rows[ticket.level] += ticket.rows
+        self._full = min(ticket.most, self._settings.max_batch_size)
         group = self._groups.get((ticket.key, ticket.level))
         if group is None:
             group = self._groups[ticket.key, ticket.level] = deque()
@@ -189,24 +199,23 @@ class Scheduler(Generic[T]):
     def starts_at(self, now: float) -> float:
         """When the next batch may start: later than `now` while it is worth waiting for more rows."""
         settings = self._settings
-        if not settings.max_delay_s or self._again or sum(self._rows) >= settings.max_batch_size:
+        if not settings.max_delay_s or self._again or sum(self._rows) >= self._full:
             return now
         head = min(self._heads(), key=lambda group: group[0].turn, default=None)
         return now if head is None or head[0].key is None else head[0].arrived + settings.max_delay_s
 
     def inline(self) -> bool:
         """Whether the next batch is short enough for the event loop."""
-        return self.inlining.allows(min(sum(self._rows), self._settings.max_batch_size))
+        return self.inlining.allows(min(sum(self._rows), self._full))
 
     def take(self, now: float, *, spread: bool = True) -> tuple[list[T], list[T]]:
         """The next batch, and those found on the way whom not even a run of their own would answer in time.
 
         Without `spread` the batch is as large as can be. Both are empty if nobody waits.
         """
-        settings = self._settings
         waiting = sum(self._rows)
-        share = -(-waiting // max(1, self.free)) if spread else settings.max_batch_size
-        limit = max(1, min(settings.max_batch_size, share))
+        share = -(-waiting // max(1, self.free)) if spread else self._full
+        limit = max(1, min(self._full, share))
         times = RunTimes() if self._outdated(now) else self.times
         ends = now + times.expected(limit)
         batch: list[T] = []
@@ -219,8 +228,9 @@ class Scheduler(Generic[T]):
                 late.append(self._pop(group))
                 continue
             until = min(until, ticket.ready_by)
+            together = rows + ticket.rows
             if batch and (
-                rows + ticket.rows > limit or (until < ends and until < now + times.expected(rows + ticket.rows))
+                together > min(limit, ticket.most) or (until < ends and until < now + times.expected(together))
             ):
                 break
             rows += ticket.rows
@@ -271,8 +281,8 @@ class Scheduler(Generic[T]):
             # One that is overdue is taken to need as long again: it may be hanging.
             rests = (run.started + self.times.expected(run.rows) - now for run in self._running if not run.hung)
             free_in_s = min((abs(rest_s) for rest_s in rests), default=0.0)
-        batches = self._rows_ahead(level) // self._settings.max_batch_size
-        each_s = self.times.expected(self._settings.max_batch_size)
+        batches = self._rows_ahead(level) // self._full
+        each_s = self.times.expected(self._full)
         return free_in_s + batches * each_s / max(1, self._settings.instances - self.hung)
 
     def _rows_ahead(self, level: int) -> int:
