@@ -144,8 +144,6 @@ def test_requests_share_a_batch_only_if_they_fit_together() -> None:
     def key(rows: int, columns: int, outputs: tuple[str, ...] = ()) -> object:
         given = request(Tensor("x", "FP32", np.zeros((rows, columns), np.float32)), outputs=outputs)
         return model.fit(given, 4, ROOM).key
-            request(Tensor("x", "FP32", np.zeros((rows, columns), np.float32)), outputs=outputs), 4, ROOM
-        ).key
 
     assert key(1, 2) is not None
     assert key(1, 2) == key(3, 2)
