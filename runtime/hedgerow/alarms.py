@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
+from weakref import ref
 
 from hedgerow.backend import Deadline
 from hedgerow.errors import DeadlineExceeded
@@ -17,12 +18,15 @@ T = TypeVar("T")
 
 
 class Alarms(Generic[T]):
-    """Calls `ring` for each thing that is not `done` when its deadline passes. Belongs to one event loop."""
+    """Calls `ring` for each thing that is there, and not `done`, when its deadline passes. Belongs to one event loop.
+
+    Things are not kept for being watched: most are done long before, with large tensors in their hands.
+    """
 
     def __init__(self, done: Callable[[T], bool], ring: Callable[[T], None]) -> None:
         self._done = done
         self._ring = ring
-        self._heap: list[tuple[float, int, T]] = []
+        self._heap: list[tuple[float, int, ref[T]]] = []
         self._number = 0  # so that things themselves are never compared
         self._limit = STALE
         self._timer: asyncio.TimerHandle | None = None
@@ -35,11 +39,11 @@ class Alarms(Generic[T]):
         if math.isinf(deadline):
             return
         if len(self._heap) >= self._limit:
-            self._heap = [entry for entry in self._heap if not self._done(entry[2])]
+            self._heap = [entry for entry in self._heap if self._pending(entry[2]) is not None]
             heapify(self._heap)
             self._limit = 2 * len(self._heap) + STALE
         self._number += 1
-        heappush(self._heap, (deadline, self._number, thing))
+        heappush(self._heap, (deadline, self._number, ref(thing)))
         if self._timer is None or deadline < self._timer.when():
             self._set()
 
@@ -52,12 +56,20 @@ class Alarms(Generic[T]):
     def _expire(self) -> None:
         self._timer = None
         now = time.monotonic()
-        while self._heap and (self._done(self._heap[0][2]) or self._heap[0][0] <= now):
-            thing = heappop(self._heap)[2]
-            if not self._done(thing):
+        while self._heap:
+            deadline, _, watched = self._heap[0]
+            thing = self._pending(watched)
+            if thing is not None and deadline > now:
+                break
+            heappop(self._heap)
+            if thing is not None:
                 self._ring(thing)
         if self._heap and self._timer is None:
             self._set()
+
+    def _pending(self, watched: "ref[T]") -> T | None:
+        thing = watched()
+        return None if thing is None or self._done(thing) else thing
 
     def _set(self) -> None:
         if self._timer is not None:
@@ -68,7 +80,7 @@ class Alarms(Generic[T]):
 class Until:
     """Ends what is in it when the deadline passes, as `DeadlineExceeded`: `asyncio.timeout`, without a timer each."""
 
-    __slots__ = ("_alarms", "_cancelling", "_deadline", "_over", "_rung", "_task")
+    __slots__ = ("__weakref__", "_alarms", "_cancelling", "_deadline", "_over", "_rung", "_task")
 
     def __init__(self, deadline: Deadline, alarms: "Alarms[Until]") -> None:
         self._deadline = deadline

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,6 +266,19 @@ async def test_those_who_leave_are_not_kept_until_their_deadline(start: Start, p
         assert sum(map(len, batcher._queue._groups.values())) <= 100
         puppet.release()
     assert running.result() == [0]
+
+
+@pytest.mark.usefixtures("puppet")
+async def test_what_was_answered_is_not_kept_until_its_deadline(start: Start) -> None:
+    host = await start()
+    kept = []
+    for number in range(3):
+        request = ask(number)
+        kept.append(weakref.ref(request.inputs[0].array))
+        kept.append(weakref.ref((await host.infer(request, Deadline.after(PATIENCE_S))).outputs[0].array))
+        del request
+    await until(lambda: not any(array() is not None for array in kept))
+    assert len(served(host).batcher._alarms)
 
 
 async def test_a_caller_whose_deadline_passes_while_it_runs_is_told_and_the_others_are_answered(

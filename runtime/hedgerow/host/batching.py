@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 class Call(Ticket):
     """A request on its way through a batcher."""
 
-    __slots__ = ("answer", "bound", "owner", "request")
+    __slots__ = ("__weakref__", "answer", "bound", "owner", "request")
 
     def __init__(
         self, owner: "Batcher", request: InferRequest, fit: Fit, level: int, now: float, deadline: float, *, bound: bool

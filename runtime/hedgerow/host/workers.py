@@ -50,6 +50,7 @@ class Workers:
             work()
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile, and nobody waits
                 loop.call_soon_threadsafe(self._finished, done)
+            del job, work, done  # and with them the tensors, instead of at the next job
 
     def _finished(self, done: Callable[[], None]) -> None:
         self._busy -= 1
