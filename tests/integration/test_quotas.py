@@ -84,6 +84,11 @@ class Guarded:
             attempts=1,
         )
 
+    def bearer(self, token: str) -> AsyncClient:
+        """A caller without a certificate, who brings `token`."""
+        ca_file = self._authority.certificate
+        return AsyncClient(self.server.address, ca_file=ca_file, token=token, timeout_s=TIMEOUT_S, attempts=1)
+
     def remote(self, name: str, **settings: Any) -> RemoteSettings:
         """How a router with the certificate of `name` gets here."""
         certificate, key = map(str, self._files[name])
@@ -265,6 +270,18 @@ async def test_where_it_is_required_nobody_is_answered_without_a_token_but_may_a
         described = await describe(oip_pb2.ModelMetadataRequest(name="double").SerializeToString(), timeout=TIMEOUT_S)
         assert oip_pb2.ModelMetadataResponse.FromString(described).name == "double"
     assert to.admitted == {"acme": 1}
+
+
+async def test_clients_say_their_token_with_every_call(stack: AsyncExitStack, tmp_path: Path, transport: str) -> None:
+    to = await by_token(stack, tmp_path, transport, require=True)
+    async with to.bearer("acme-token") as client:
+        assert (await client.infer("double", {"x": X})).outputs["y"].tolist() == [0, 2, 4]
+        async with client.stream("double", [{"x": X}]) as answers:
+            assert [answer.outputs["y"].tolist() async for answer in answers] == [[0, 2, 4]]
+    async with to.bearer("guess") as client:
+        with pytest.raises(Unauthenticated):
+            await client.infer("double", {"x": X})
+    assert to.admitted == {"acme": 2}
 
 
 @pytest.mark.parametrize(

@@ -104,4 +104,5 @@ def test_the_settings_shown_are_settings(folder: Path) -> None:
     assert [target.weight for target in shown.splits["shown"].targets.values()] == [9, 1]
     assert shown.tenants is not None
     assert shown.tenants.others.requests_per_s == 50
+    assert shown.shared_memory is not None
     assert load(ServeSettings, folder / "large.toml", {}).fronts in {1, 4}

@@ -45,6 +45,7 @@ class ConnectionOptions(TypedDict, total=False):
     `cert_file`             PEM file with a certificate of our own, for servers that ask for one
     `key_file`              its key
     `credentials`           gRPC's own, in place of files
+    `token`                 a secret by which the server knows us, sent as ``authorization: Bearer``; take TLS with it
     `max_message_bytes`     largest message, either way
     ======================  ============================================================================================
     """
@@ -55,6 +56,7 @@ class ConnectionOptions(TypedDict, total=False):
     cert_file: str | Path
     key_file: str | Path
     credentials: grpc.ChannelCredentials
+    token: str
     max_message_bytes: int
 
 
@@ -63,7 +65,7 @@ class Client(Blocking):
 
     def __init__(self, target: str, **options: Unpack[ConnectionOptions]) -> None:
         super().__init__(_plans(options))
-        credentials, arguments = _credentials(options), _arguments(options)
+        credentials, arguments, self._proof = _credentials(options), _arguments(options), _proof(options)
         self._channel = (
             grpc.secure_channel(target, credentials, arguments)
             if credentials
@@ -79,7 +81,7 @@ class Client(Blocking):
         self._channel.close()
 
     def _take(self, step: Ask | Describe | IsReady, deadline: Deadline) -> Any:
-        name, request, metadata = _call(step)
+        name, request, metadata = _call(step, self._proof)
         try:
             raw = self._methods[name](request.SerializeToString(), timeout=deadline.remaining, metadata=metadata)
         except grpc.RpcError as error:
@@ -114,7 +116,7 @@ class Client(Blocking):
                 raise flow.broken
 
         try:
-            call = self._streams(requests(), timeout=_timeout_s(terms), metadata=_metadata(terms.origin))
+            call = self._streams(requests(), timeout=_timeout_s(terms), metadata=_metadata(terms.origin, self._proof))
         except ValueError:
             raise HedgerowError(CLOSED) from None
         try:
@@ -130,7 +132,7 @@ class AsyncClient(Awaiting):
 
     def __init__(self, target: str, **options: Unpack[ConnectionOptions]) -> None:
         super().__init__(_plans(options))
-        credentials, arguments = _credentials(options), _arguments(options)
+        credentials, arguments, self._proof = _credentials(options), _arguments(options), _proof(options)
         self._channel = (
             grpc.aio.secure_channel(target, credentials, arguments)
             if credentials
@@ -146,7 +148,7 @@ class AsyncClient(Awaiting):
         await self._channel.close()
 
     async def _take(self, step: Ask | Describe | IsReady, deadline: Deadline) -> Any:
-        name, request, metadata = _call(step)
+        name, request, metadata = _call(step, self._proof)
         try:
             raw = await self._methods[name](request.SerializeToString(), timeout=deadline.remaining, metadata=metadata)
         except grpc.aio.AioRpcError as error:
@@ -190,7 +192,7 @@ class AsyncClient(Awaiting):
                 raise flow.broken
 
         try:
-            call = self._streams(requests(), timeout=_timeout_s(terms), metadata=_metadata(terms.origin))
+            call = self._streams(requests(), timeout=_timeout_s(terms), metadata=_metadata(terms.origin, self._proof))
         except grpc.aio.UsageError:
             raise HedgerowError(CLOSED) from None
         try:
@@ -245,6 +247,13 @@ def _credentials(options: ConnectionOptions) -> grpc.ChannelCredentials | None:
     return grpc.ssl_channel_credentials(authority, key, certificate)
 
 
+def _proof(options: ConnectionOptions) -> _Metadata:
+    token = options.get("token", "")
+    if not (token.isascii() and token.isprintable()):
+        raise ConfigError("token: expected printable ASCII")
+    return (("authorization", f"Bearer {token}"),) if token else ()
+
+
 def _read(name: str, file: str | Path) -> bytes:
     try:
         return Path(file).read_bytes()
@@ -252,17 +261,17 @@ def _read(name: str, file: str | Path) -> bytes:
         raise ConfigError(f"{name}: cannot read {file}: {error.strerror}") from error
 
 
-def _call(step: Ask | Describe | IsReady) -> tuple[str, Message, _Metadata]:
+def _call(step: Ask | Describe | IsReady, proof: _Metadata) -> tuple[str, Message, _Metadata]:
     """The method, the message, and what goes with it."""
     match step:
         case Ask():
-            return "ModelInfer", message(step), _metadata(step.request.origin)
+            return "ModelInfer", message(step), _metadata(step.request.origin, proof)
         case Describe(model, version):
-            return "ModelMetadata", oip_pb2.ModelMetadataRequest(name=model, version=version), ()
+            return "ModelMetadata", oip_pb2.ModelMetadataRequest(name=model, version=version), proof
         case IsReady("", _):
-            return "ServerReady", oip_pb2.ServerReadyRequest(), ()
+            return "ServerReady", oip_pb2.ServerReadyRequest(), proof
         case IsReady(model, version):
-            return "ModelReady", oip_pb2.ModelReadyRequest(name=model, version=version), ()
+            return "ModelReady", oip_pb2.ModelReadyRequest(name=model, version=version), proof
 
 
 def _given(step: Ask | Describe | IsReady, raw: bytes) -> Any:
@@ -277,8 +286,8 @@ def _given(step: Ask | Describe | IsReady, raw: bytes) -> Any:
             return parsed(oip_pb2.ModelReadyResponse.FromString, raw, SERVER).ready
 
 
-def _metadata(origin: Origin) -> _Metadata:
-    pairs = ((TENANT_KEY, origin.tenant), ("traceparent", origin.traceparent))
+def _metadata(origin: Origin, proof: _Metadata) -> _Metadata:
+    pairs = ((TENANT_KEY, origin.tenant), ("traceparent", origin.traceparent), *proof)
     return tuple(pair for pair in pairs if pair[1])
 
 
