@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.serving.goals import Goal, goals
+
 Runs = Sequence[Mapping[str, Any]]
 """Of one server, model and load: one a round."""
 FRONTS = ("router", "passthrough")
@@ -23,6 +25,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "Clients and servers share the cores, so only figures of one run compare.",
         "Medians of the rounds (lowest to highest). CPU is that of the server's processes, a request.",
         "An open loop's latency counts from when a request was due.",
+        *_goals(results["runs"]),
     ]
     for model in results["models"]:
         runs = [run for run in results["runs"] if run["model"] == model]
@@ -45,6 +48,19 @@ def _machine(machine: Mapping[str, Any]) -> str:
         f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gb']} GB, Linux {machine['kernel']}, "
         f"Python {machine['python']}; load average {machine['load_before']} before, {machine['load_after']} after."
     )
+
+
+def _goals(runs: Runs) -> list[str]:
+    rows = (
+        [goal.what, f"{goal.ratio:.2f}", f"≥ {goal.least:g}" if goal.least else f"≤ {goal.most:g}", _said(goal)]
+        for goal in goals(runs)
+    )
+    table = _table(["goal", "ratio", "wanted", "reached"], rows)
+    return ["", "## Goals", "", *table] if table else []
+
+
+def _said(goal: Goal) -> str:
+    return "yes" if goal.reached else "**no**"
 
 
 def _closed(runs: Runs, titles: Mapping[str, str]) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench.serving.goals import goals
 from bench.serving.load import LoadFailure, Result, h2load_result
 from bench.serving.report import markdown
 
@@ -68,3 +69,24 @@ def test_a_server_that_failed_is_in_the_report_with_its_last_words() -> None:
     report = markdown(results(failures=[failure]))
     assert "kserve, tiny, round 2: it ended" in report
     assert "Segmentation fault" in report
+
+
+def measured(server: str, *, model: str = "tiny", inflight: int | None = 32, **figures: float) -> dict[str, Any]:
+    return {"model": model, "server": server, "inflight": inflight, "p50_ms": 1.0, "cpu_us": 1.0, **figures}
+
+
+def test_a_goal_is_told_of_what_was_measured_and_of_nothing_else() -> None:
+    runs = [measured("bare", rate=rate) for rate in (900.0, 1000.0, 5000.0)]
+    assert goals(runs) == []
+    (goal,) = goals([*runs, measured("kserve", rate=200.0)])
+    assert (goal.ratio, goal.reached) == (5.0, True), "the medians decide"
+    (goal,) = goals([*runs, measured("kserve", rate=251.0)])
+    assert not goal.reached
+
+
+def test_ours_is_held_against_the_best_peer_and_against_the_engine_at_its_best() -> None:
+    model = "efficientnet-lite0"
+    runs = [measured("bare", model=model, inflight=8, rate=95.0)]
+    runs += [measured(peer, model=model, inflight=8, rate=rate) for peer, rate in (("kserve", 40.0), ("triton", 90.0))]
+    runs += [measured("raw", model=model, inflight=inflight, rate=rate) for inflight, rate in ((1, 60.0), (2, 100.0))]
+    assert [(round(goal.ratio, 2), goal.reached) for goal in goals(runs)] == [(0.95, True), (1.06, False)]
