@@ -53,8 +53,9 @@ class ServerSettings(Settings, frozen=True, kw_only=True):
     control_token: str = ""
     """What they must bring to do so, as "authorization: Bearer TOKEN"; empty: nothing."""
     max_connections: Count = 16384
+    """More are hung up on. Only the native transport counts them."""
     max_buffered_bytes: Annotated[int, msgspec.Meta(ge=1)] = 2**32
-    """Of messages that are still coming, all together; more are refused."""
+    """Of messages that are still coming, all together; more are refused. Only the native transport counts them."""
     transport: str = "native"
     """What speaks gRPC: a module of `hedgerow.transports`."""
     compression: Literal["", "gzip", "deflate"] = ""

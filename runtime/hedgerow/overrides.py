@@ -42,7 +42,10 @@ def wanted_config(parameters: Mapping[str, oip_pb2.ModelRepositoryParameter]) ->
 
 
 def check_config(wanted: oip_pb2.ModelConfig, current: oip_pb2.ModelConfig) -> None:
-    """Raise `Unsupported`, naming the field, if `wanted` says something else than `current`."""
+    """Raise `Unsupported`, naming the field, if `wanted` says something else than `current`.
+
+    What is 0 or empty in `wanted` is not said: protobuf does not tell the two apart.
+    """
     for field, value in wanted.ListFields():
         if getattr(current, field.name) != value:
             raise Unsupported(f"{CONFIG}: {field.name} is not what the model has, and a load does not change it")

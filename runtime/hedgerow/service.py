@@ -1,4 +1,4 @@
-"""The Open Inference Protocol over any Backend: `OipService` answers the calls, `Server` listens.
+"""The Open Inference Protocol over any Backend, call by call; `hedgerow.server` listens.
 
 The life of a call: admitted (not draining, not too many), turned into a request once, checked against the model's
 metadata, given what is left of the caller's deadline, answered by the backend, counted. Errors become statuses in
@@ -278,7 +278,9 @@ class OipService:
     def _allowed_control(self, call: Call) -> ModelControl:
         if self._control is None:
             raise Forbidden("this server does not let its callers manage models")
-        if self._managers is not None and self._managers.owner(bearer(call.metadata)) is None:
+        if self._managers is None:
+            self._identify(call)  # raises where nobody is answered who proves nothing
+        elif self._managers.owner(bearer(call.metadata)) is None:
             raise Forbidden("managing models needs this server's control token, as authorization: Bearer TOKEN")
         return self._control
 

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -214,6 +215,24 @@ async def test_processes_that_cannot_start_end_the_server_with_a_reason(refuse: 
         assert await parent.wait() == code
     assert re.search(rf"process \d of 2 .*{line} before it served", log), log
     assert "Traceback" not in log
+
+
+async def test_where_no_process_can_be_started_for_a_while_the_others_go_on(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    async with fronts.running(python=str(python)) as two:
+        away = python.rename(tmp_path / "away")
+        victim, survivor = sorted(two.met)
+        os.kill(victim, signal.SIGKILL)
+        assert two.parent.stderr is not None
+        async with asyncio.timeout(WAIT_S):
+            while b"cannot be started" not in await two.parent.stderr.readline():
+                pass
+        async with Caller(two.address) as caller:
+            assert caller.process == survivor
+        away.rename(python)
+        assert len(await two.meets(1)) == 1
 
 
 async def test_processes_that_keep_dying_are_given_up_and_that_ends_the_server() -> None:

@@ -6,12 +6,14 @@ from urllib.request import urlopen
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 from prometheus_client.parser import text_string_to_metric_families
 from simulators import agents, models
 from simulators.agents import Agent
 
 from hedgerow.identity import token_digest
 from hedgerow.messages import request_to_proto
+from hedgerow.proto import oip_pb2
 from hedgerow.service import SERVICE
 
 TIMEOUT_S = 60.0
@@ -19,12 +21,14 @@ TIMEOUT_S = 60.0
 
 async def status(agent: Agent, **said: str) -> str:
     """What a request with `said` beside it gets."""
+    return await _status(agent, "ModelInfer", request_to_proto(models.request(model="mine")), **said)
+
+
+async def _status(agent: Agent, method: str, message: Message, **said: str) -> str:
     async with grpc.aio.insecure_channel(agent.address) as channel:
-        infer: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{SERVICE.full_name}/ModelInfer")
-        message = request_to_proto(models.request(model="mine")).SerializeToString()
+        ask: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{SERVICE.full_name}/{method}")
         metadata = tuple((name.replace("_", "-"), value) for name, value in said.items())
-        call = infer(message, metadata=metadata, timeout=TIMEOUT_S)
-        return (await call.code()).name
+        return (await ask(message.SerializeToString(), metadata=metadata, timeout=TIMEOUT_S).code()).name
 
 
 async def test_a_token_is_the_key_to_a_quota_and_a_name_is_not(tmp_path: Path) -> None:
@@ -62,17 +66,35 @@ def _read(url: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("tenants", "key"),
+    ("settings", "key"),
     [
-        ({"named": {"acme": {"max_inflight": 1}}}, "tenants.identify_by"),
-        ({"identify_by": "certificate"}, "server.tls_client_ca_file"),
+        ({"tenants": {"named": {"acme": {"max_inflight": 1}}}}, "tenants.identify_by"),
+        ({"tenants": {"identify_by": "certificate"}}, "server.tls_client_ca_file"),
+        ({"cloud": {"forward_tenant": True}}, "cloud.forward_tenant"),
+        ({"server": {"tls_client_ca_file": "ours.pem"}}, "server.tls_cert_file"),
     ],
 )
-async def test_an_agent_whose_named_tenants_could_be_anybody_does_not_start(
-    tmp_path: Path, tenants: dict[str, object], key: str
+async def test_an_agent_whose_callers_could_be_anybody_does_not_start(
+    tmp_path: Path, settings: dict[str, object], key: str
 ) -> None:
-    agent = Agent(tmp_path, {"tenants": tenants})
+    agent = Agent(tmp_path, settings)
     await agent.start()
     assert await agent.ended() == 2
     assert key in agent.log
     assert "Traceback" not in agent.log
+
+
+async def test_who_has_to_prove_a_name_has_to_for_managing_models_too(tmp_path: Path) -> None:
+    models.classifier(tmp_path / "mine.onnx")
+    tenants = {
+        "identify_by": "token",
+        "require": True,
+        "named": {"acme": {"token_sha256": [token_digest("acme-token")]}},
+    }
+    agent = Agent(
+        tmp_path, {"models": {"mine": {"path": "mine.onnx"}}, "server": {"model_control": True}, "tenants": tenants}
+    )
+    unload = oip_pb2.RepositoryModelUnloadRequest(model_name="mine")
+    async with agents.running(agent):
+        assert await _status(agent, "RepositoryModelUnload", unload) == "UNAUTHENTICATED"
+        assert await _status(agent, "RepositoryModelUnload", unload, authorization="Bearer acme-token") == "OK"

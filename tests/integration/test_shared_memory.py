@@ -462,8 +462,13 @@ def test_copies_are_bounded_while_requests_use_them(memory: Make) -> None:
             first, second = shared(), shared()
             with lending.lent(first, []) as (raws, _):
                 assert [len(raw) for raw in raws] == [SIZE]
-                with pytest.raises(Overloaded, match="no room for 64 bytes"), lending.lent(second, []):
+                with pytest.raises(Overloaded, match="no room for 64 bytes") as refused, lending.lent(second, []):
                     pass
+                assert refused.value.retry_after_s
+        never = SharedTensors(lending.regions, max_copied_bytes=SIZE - 1)
+        with pytest.raises(Overloaded) as refused, never.lent(shared(), []):
+            pass
+        assert refused.value.retry_after_s is None, "it will never fit"
     finally:
         lending.regions.unregister("")
 

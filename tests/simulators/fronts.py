@@ -57,6 +57,8 @@ class FrontSettings(Settings, frozen=True, kw_only=True):
     """Why none of them can serve: "config", or "exit"."""
     uneven: str = ""
     """Folder in which they agree on one that takes longer to start, and leaves a file `LAST` when it could listen."""
+    python: str = sys.executable
+    """What runs them."""
     supervisor: SupervisorSettings = SupervisorSettings(restarts=RestartSettings(backoff_s=0.01))
 
 
@@ -111,7 +113,7 @@ async def parent(stop: asyncio.Event) -> None:
     with held(settings.server.host, settings.server.port) as port:
         server = msgspec.structs.replace(settings.server, port=port, reuse_port=True)
         told = msgspec.json.encode(msgspec.structs.replace(settings, server=server))
-        command = (sys.executable, __file__, "worker")
+        command = (settings.python, __file__, "worker")
         supervisor = Supervisor(command, told, settings.processes, server.drain_s, settings.supervisor)
         pages = SupervisedMetrics(supervisor)
         async with Diagnostics("127.0.0.1:0", {"/metrics": pages.metrics, **health(pages.ready)}) as watched:

@@ -21,6 +21,7 @@ from hedgerow.processes.pages import SupervisedMetrics
 from hedgerow.processes.port import SHARED, held
 from hedgerow.processes.supervisor import Supervisor
 from hedgerow.telemetry.diagnostics import Page, health, watched
+from hedgerow.traffic.tenants import identify
 from hedgerow_cloud.cluster import local_ray, ray_address
 from hedgerow_cloud.serving.deployment import deployed
 from hedgerow_cloud.serving.front import COMMAND, Front, Told
@@ -35,6 +36,7 @@ async def serve(settings: ServeSettings, base: Path, stop: asyncio.Event) -> Non
     Raises `ConfigError` naming a file that is not there.
     """
     settings = settings.located(base)
+    identify(settings.tenants, settings.server)  # raises now, not when the models are loaded
     if settings.processes > 1 and not SHARED:
         log.info("ports cannot be shared between processes on this system: one serves")
     if settings.fronts == 1:

@@ -24,7 +24,7 @@ def held(host: str, port: int) -> Iterator[int]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             for family, _, _, _, (name, *_) in dict.fromkeys(found):
                 place = stack.enter_context(_held(family, str(name), port))
                 port = place.getsockname()[1]

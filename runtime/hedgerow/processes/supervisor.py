@@ -78,28 +78,38 @@ class Supervisor:
         }
 
     async def _keep(self, slot: int) -> None:
-        restarts, name, served = self._restarts[slot], f"process {slot + 1} of {len(self._restarts)}", False
-        loop = asyncio.get_running_loop()
+        restarts, name = self._restarts[slot], f"process {slot + 1} of {len(self._restarts)}"
+        loop, again = asyncio.get_running_loop(), False
         while True:
-            async with await _Process.start(self._command, self._told, self._drain_s) as process:
-                how = await process.prepares(self._settings.start_timeout_s)
-                if not (how or served):
-                    await self._together.wait()
-                if how := how or await process.listens():
-                    if not served:
-                        kind = ConfigError if process.code == EXIT_CONFIG else HedgerowError
-                        raise kind(f"{name} {how} before it served; the log says why")
-                else:
-                    self._serves(slot, process, again=served)
-                    served = True
-                    how = await process.ends()
-                    del self._running[slot]
+            how, served = await self._once(slot, name, again=again)
+            if not (again or served):
+                raise HedgerowError(f"{name} {how} before it served; the log says why")
+            again = True
             at = restarts.ended(loop.time())
             if all(one.given_up for one in self._restarts):
                 raise HedgerowError(f"no process keeps running; the last one {how}")
-            doing = "it keeps failing and is left alone" if restarts.given_up else "it is started again"
-            log.warning("%s %s; %s in %.1f s", name, how, doing, at - loop.time())
+            doing = "it keeps failing and is left alone for" if restarts.given_up else "it is started again in"
+            log.warning("%s %s; %s %.1f s", name, how, doing, at - loop.time())
             await asyncio.sleep(at - loop.time())
+
+    async def _once(self, slot: int, name: str, *, again: bool) -> tuple[str, bool]:
+        """Run a process to its end; how it ended, in words, and whether it has served."""
+        try:
+            starting = await _Process.start(self._command, self._told, self._drain_s)
+        except OSError as error:  # out of processes or of memory, for a while
+            return f"cannot be started ({error.strerror})", False
+        async with starting as process:
+            how = await process.prepares(self._settings.start_timeout_s)
+            if not (how or again):
+                await self._together.wait()
+            if how := how or await process.listens():
+                if not again and process.code == EXIT_CONFIG:
+                    raise ConfigError(f"{name} {how} before it served; the log says why")
+                return how, False
+            self._serves(slot, process, again=again)
+            how = await process.ends()
+            del self._running[slot]
+            return how, True
 
     def _serves(self, slot: int, process: "_Process", *, again: bool) -> None:
         self._running[slot] = process
@@ -169,8 +179,8 @@ class _Process:
     async def report(self) -> Report:
         """How it fares; raises EOFError or TimeoutError if it does not say so."""
         if self._asked is None:  # several who ask at once get the same answer
+            self._writer.write(frame(b""))  # raises once it was told to drain
             self._asked = asyncio.get_running_loop().create_future()
-            self._writer.write(frame(b""))
         async with asyncio.timeout(REPORT_S):
             return await asyncio.shield(self._asked)
 

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -52,6 +53,8 @@ def run(serving: Serving) -> int:
     # A parent that is killed takes us along, whatever we are doing; where it ends well, the line's end says so first.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     line = socket.socket(fileno=os.dup(sys.stdin.fileno()))
+    with Path(os.devnull).open("rb") as nothing:  # or what we start would hold the line open after us
+        os.dup2(nothing.fileno(), sys.stdin.fileno())
     return lifecycle.run(partial(_serve, serving, line))
 
 

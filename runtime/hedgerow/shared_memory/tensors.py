@@ -71,7 +71,7 @@ class SharedTensors:
             raise Overloaded(
                 f"there is no room for {size} bytes of inputs: {self._copied_bytes} of"
                 f" {self._max_copied_bytes} are being worked on",
-                retry_after_s=RETRY_AFTER_S,
+                retry_after_s=RETRY_AFTER_S if size <= self._max_copied_bytes else None,
             )
         self._copied_bytes += size
         try:

@@ -9,7 +9,8 @@ The rules of who is whom:
 - `trusted_routers` may say any name; where they say none, they are tenants like others;
 - who proves nothing is one of the others, or with `require` nobody that is answered. A wrong token is refused always.
 
-Only requests for inference are asked who they are from. Asking about models and health is free, as it is of quotas.
+Who wants inference, shared memory or to manage models is asked who it is. Asking about models and health is free, as it
+is of quotas.
 """
 
 import math

@@ -43,5 +43,7 @@ async def listen(methods: Methods, settings: ServerSettings) -> Listener:
     """Serve `methods` by the transport that `settings` name; raises `ConfigError`."""
     if settings.transport not in known():
         raise ConfigError(f"server.transport: there is no {settings.transport!r}; there are: {', '.join(known())}")
+    if not settings.tls_cert_file and (settings.tls_key_file or settings.tls_client_ca_file):
+        raise ConfigError("server.tls_cert_file: is missing, and tls_key_file or tls_client_ca_file is there")
     transport: Transport = importlib.import_module(f"{__name__}.{settings.transport}")
     return await transport.listen(methods, settings)
