@@ -90,9 +90,7 @@ async def serve(settings: AgentSettings, base: Path, stop: asyncio.Event) -> Non
         host = ModelHost(settings.host)
         stack.push_async_callback(host.close)
         if settings.cloud.forward_tenant and (settings.tenants is None or settings.tenants.identify_by is None):
-            raise ConfigError(
-                "cloud.forward_tenant: needs tenants.identify_by, or callers are whoever they say"
-            )
+            raise ConfigError("cloud.forward_tenant: needs tenants.identify_by, or callers are whoever they say")
         cloud: RemoteBackend | None = None
         targets = settings.cloud.targets or settings.cloud.target
         if targets:

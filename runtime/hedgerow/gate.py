@@ -156,7 +156,7 @@ def _scores(gate: Gate, response: InferResponse, output: NDArray[Any]) -> NDArra
     whole = response.run.outputs[gate.output]
     if scores is None:
         scores = response.run.notes[gate] = gate.scores(whole)
-    each = scores.size // len(whole)
+    each = scores.size // max(1, len(whole))
     return scores[response.first * each : (response.first + len(output)) * each]
 
 

@@ -15,7 +15,7 @@ import msgspec
 from hedgerow.backend import Backend, Deadline
 from hedgerow.errors import HedgerowError, InvalidRelease, ModelNotFound, ModelNotReady
 from hedgerow.gate import Gate, Guarantee, covers, mismatch
-from hedgerow.tensors import ModelMetadata
+from hedgerow.tensors import InferResponse, ModelMetadata
 
 TEACHER_TIMEOUT_S = 0.25
 """How long a request may wait for the teacher's metadata, which a remote has at hand after the first time."""
@@ -43,6 +43,14 @@ class Verdict(msgspec.Struct, frozen=True):
     """Whose answers it judges."""
     refused: bool = False
     """Whether there is, or may be, a gate that cannot be used. False without one: then none was ever promised."""
+    student: ModelMetadata | None = None
+    """Who was looked at."""
+
+    def is_of_another(self, answer: InferResponse) -> bool:
+        """Whether `answer` came from another version than it is about, or from another file under the same one."""
+        if answer.version != self.version:
+            return True
+        return answer.source is not None and answer.source is not self.student
 
 
 class _Entry(msgspec.Struct):
@@ -79,18 +87,26 @@ class Judges:
         self._entries.pop((model, version), None)
 
     async def find(
-        self, model: str, version: str, edge: Backend, cloud: Backend | None, cloud_model: str, deadline: Deadline
+        self,
+        model: str,
+        version: str,
+        edge: Backend,
+        cloud: Backend | None,
+        cloud_model: str,
+        deadline: Deadline,
+        student: ModelMetadata | None = None,
     ) -> Verdict:
         """The gate for an answer that `edge` gave or is about to give; an empty version is the one serving now.
 
-        The student is looked at each time: its file may be replaced under the same version.
+        The student, where it is not given, is looked at each time: its file may be replaced under the same version.
         """
         try:
-            student = await edge.metadata(model, version)
+            student = student or await edge.metadata(model, version)
             version = version or (student.versions[-1] if student.versions else "")
             entry = self._entries.get((model, version))
             if entry is None or entry.gate is None:
-                return Verdict(None, f"no gate for {model}/{version}", version)
+                await edge.metadata(model, version)  # raises if it is gone, and perhaps its gate with it
+                return Verdict(None, f"no gate for {model}/{version}", version, student=student)
         except (ModelNotFound, ModelNotReady):
             if version:  # it has answered, and was let go before it could be looked at
                 return Verdict(None, f"gate refused: {model}/{version} is gone", version, refused=True)
@@ -139,10 +155,10 @@ def _verdict(entry: _Entry, gate: Gate, student: ModelMetadata, teacher: Mapping
     elif entry.guarantee is not None:
         reason = mismatch(entry.guarantee, student.properties, teacher)
     if not reason:
-        return Verdict(gate, version=version)
+        return Verdict(gate, version=version, student=student)
     reason = f"gate refused: {reason}"
     _say_once(entry, logging.ERROR, f"{student.name}/{version}: {reason}")
-    return Verdict(None, reason, version, refused=True)
+    return Verdict(None, reason, version, refused=True, student=student)
 
 
 def _say_once(entry: _Entry, level: int, text: str) -> None:

@@ -64,7 +64,7 @@ _TYPED: dict[str, tuple[str, np.dtype[Any]]] = {
 MAX_REMEMBERED = 1024
 """Parts of messages of a kind that are remembered;"""
 MAX_REMEMBERED_CHARS = 256
-"""texts that are longer are not."""
+"""names and values of parameters that are longer are not."""
 _DOUBLE = struct.Struct("<d")
 _LENGTH = struct.Struct("<I")  # before each BYTES element
 
@@ -271,6 +271,8 @@ def _tensors_from_proto(
         if datatype not in DTYPES:
             raise fault(f"{where}: expected a datatype out of {', '.join(DTYPES)}, got {datatype!r}")
         shape = tuple(message.shape)
+        if len(shape) > MAX_RANK:  # before anything remembers it
+            raise fault(f"{where}: expected at most {MAX_RANK} dimensions, got {len(shape)}")
         count, problem = _elements(shape)
         if problem:
             raise fault(f"{where}: {problem}")
@@ -289,8 +291,6 @@ def _tensors_from_proto(
 @lru_cache(MAX_REMEMBERED)
 def _elements(shape: tuple[int, ...]) -> tuple[int, str]:
     """How many elements a tensor of `shape` has, or what is wrong with it."""
-    if len(shape) > MAX_RANK:
-        return 0, f"expected at most {MAX_RANK} dimensions, got {len(shape)}"
     if shape and min(shape) < 0:
         return 0, f"expected dimensions of zero or more, got shape {list(shape)}"
     if math.prod([size or 1 for size in shape]) > MAX_ELEMENTS:

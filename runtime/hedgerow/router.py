@@ -205,8 +205,8 @@ class Router:
         journey.held = answer
         if asked:
             journey.held = replace(answer, outputs=tuple(tensor for tensor in answer.outputs if tensor.name in asked))
-        if answer.version != journey.verdict.version:  # swapped since the request set out
-            journey.verdict = await self._verdict(route, answer.version, journey.deadline)
+        if journey.verdict.is_of_another(answer):  # swapped since the request set out
+            journey.verdict = await self._verdict(route, answer.version, journey.deadline, answer.source)
         gate = journey.verdict.gate
         if gate is None:
             return False
@@ -239,8 +239,11 @@ class Router:
             )
         return journey.explained(replace(answer, model=request.model, id=request.id), Tier.CLOUD)
 
-    async def _verdict(self, route: Route, version: str, deadline: Deadline) -> Verdict:
-        return await self._judges.find(route.model, version, route.edge, route.cloud, route.model_in_cloud, deadline)
+    async def _verdict(
+        self, route: Route, version: str, deadline: Deadline, student: ModelMetadata | None = None
+    ) -> Verdict:
+        cloud, cloud_model = route.cloud, route.model_in_cloud
+        return await self._judges.find(route.model, version, route.edge, cloud, cloud_model, deadline, student)
 
     def _count(self, journey: Journey, error: HedgerowError | None = None) -> None:
         release = "" if journey.held is None else journey.held.version

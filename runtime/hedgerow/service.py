@@ -264,7 +264,7 @@ class OipService:
         self, message: oip_pb2.ModelInferRequest, raws: Raws, caller: Origin, call: Call, watch: Stopwatch
     ) -> InferResponse:
         request = request_from_proto(message, caller, raws)
-        REQUEST.set(request)
+        REQUEST.set(replace(request, inputs=()))  # timers and connections keep the context of who began them
         deadline, timeout = self._deadline(request, call)
         with timeout:
             metadata = await self._interface(request.model, request.version)
@@ -323,7 +323,7 @@ class OipService:
         """Until when `request` may take, and what holds it to that where the transport does not."""
         limit_s = self._settings.default_timeout_s if math.isinf(call.deadline.at) else math.inf
         timeout_us = request.parameters.get("timeout") if request.parameters else None  # reserved by the protocol
-        if isinstance(timeout_us, int) and timeout_us > 0:
+        if isinstance(timeout_us, int) and not isinstance(timeout_us, bool) and timeout_us > 0:
             limit_s = min(limit_s, timeout_us / 1e6)
         elif limit_s == math.inf:
             call.deadline.check("the request could be started")
@@ -365,7 +365,7 @@ class OipService:
         to_proto: Callable[[InferResponse], oip_pb2.ModelInferResponse] = response_to_proto,
     ) -> None:
         request = request_from_proto(message, caller, raws)
-        REQUEST.set(request)
+        REQUEST.set(replace(request, inputs=()))  # timers and connections keep the context of who began them
         deadline, timeout = self._deadline(request, call)
         # Who asks to be told of the last answer is: by an empty one after those of a model that gives any number.
         tell = request.parameters.get(FINAL_ASKED) is True

@@ -120,7 +120,7 @@ class Run:
 
 
 class InferResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer, of the version that gave it. `parameters` explain it: see `hedgerow.router`."""
+    """One answer, of the version that gave it. `parameters` explain it: see `hedgerow.parameters`."""
 
     model: str
     version: str
@@ -130,6 +130,8 @@ class InferResponse(msgspec.Struct, frozen=True, kw_only=True):
     run: Run | None = None
     """Where it came out together with others; its own rows are those from `first` on."""
     first: int = 0
+    source: ModelMetadata | None = None
+    """The interface of the model that gave it, if that is one of this process."""
 
     def output(self, name: str) -> NDArray[Any]:
         """The array of the output called `name`; KeyError if there is none."""

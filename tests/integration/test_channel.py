@@ -232,6 +232,25 @@ async def test_over_tls_both_sides_are_who_they_say(settings: Callable[..., Serv
                 assert isinstance(await failed(channel.unary(INFER, ask("echo"), WAIT_S)), Unavailable)
 
 
+async def test_large_messages_side_by_side_are_not_mixed_up_over_tls(
+    settings: Callable[..., ServerSettings], tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path / "ca")
+    certificate, key = authority.issue("server")
+    secured = settings(tls_cert_file=str(certificate), tls_key_file=str(key))
+    async with (
+        Server(Models(), secured) as server,
+        channel_to(server.port, tls=authority.client()) as one,
+        channel_to(server.port, tls=authority.client()) as other,
+    ):
+        bodies = [list(range(size, 0, -1)) for size in (100_000, 1, 150_001, 99_999, 2, 60_000)]
+        calls = [
+            channel.unary(INFER, ask("echo", *body), WAIT_S)
+            for body, channel in zip(bodies, [one, other] * 3, strict=True)
+        ]
+        assert [answered(raw) for raw in await asyncio.gather(*calls)] == bodies
+
+
 @pytest.mark.parametrize(
     "said",
     [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0\0\0\4\0\0\0\0\0\xff\xff\xff", b"", b"\0\0\1\4\0\0\0\0\0\0"],

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 
 import msgspec
@@ -14,6 +14,7 @@ import onnx
 import pytest
 from msgspec.structs import replace
 from simulators import models, puppet_engine
+from simulators.places import until
 
 from hedgerow import engines
 from hedgerow.backend import Deadline
@@ -367,12 +368,6 @@ def puppet(folder: Path, name: str, text: str, version: str = "1") -> ModelFile:
     path = folder / f"{name}-{version}"
     path.write_text(text)
     return ModelFile(name, version, path, engine="puppet")
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 (nobody tells)
-            await asyncio.sleep(0.005)
 
 
 @pytest.fixture

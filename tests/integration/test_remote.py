@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -17,6 +17,7 @@ from simulators import cloud as clouds
 from simulators import models
 from simulators.cloud import MODEL, Cloud
 from simulators.foreign import Context, Foreign, refuses, says
+from simulators.places import until
 
 from hedgerow import rpc
 from hedgerow.backend import Deadline
@@ -75,12 +76,6 @@ async def near_and_far(stack: AsyncExitStack, **changed: object) -> tuple[Cloud,
 async def ask(remote: RemoteBackend, request: InferRequest = REQUEST, seconds: float = LONG_S) -> None:
     response = await remote.infer(request, Deadline.after(seconds))
     assert response.output("logits").argmax() == 3
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(LONG_S):
-        while not condition():  # noqa: ASYNC110 (what is waited for has no event)
-            await asyncio.sleep(0.005)
 
 
 async def test_an_endpoint_killed_with_requests_in_flight_costs_nobody_an_answer(stack: AsyncExitStack) -> None:
@@ -380,10 +375,10 @@ async def test_the_endpoints_deadline_leaves_time_for_the_way_back(stack: AsyncE
 
     foreign = await stack.enter_async_context(Foreign({"ModelInfer": says(ANSWER), "ServerReady": far_away}))
     remote = await reached(stack, foreign.target, heartbeat_s=LONG_S)
-    round_trips = remote._pool.endpoints[0]._round_trips
-    await until(lambda: round_trips)
-    assert round_trips[0] >= 0.2
-    round_trips[0] = 8.0
+    endpoint = remote._pool.endpoints[0]
+    await until(lambda: endpoint._way_back_s > 0)
+    assert endpoint._way_back_s >= 0.1
+    endpoint._way_back_s = 4.0
     await remote.infer(REQUEST, Deadline.after(50.0))
     await remote.infer(REQUEST, Deadline.after(10.0))
     assert foreign.left_s[0] <= 47, "half of the way there and back is kept"

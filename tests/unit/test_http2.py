@@ -2,6 +2,8 @@
 
 import itertools
 import struct
+import tracemalloc
+from collections.abc import Sequence
 from typing import Any
 
 import h2.config
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from hedgerow.http2 import connection as http2
 from hedgerow.http2.connection import Code, Connection, ConnectionFault, Stream
+from hedgerow.http2.grpc import GROWTH, PREFIX_BYTES, MessageReader, frame_message
 from hedgerow.http2.headers import header_block
 
 REQUEST = [(":method", "POST"), (":scheme", "http"), (":path", "/a"), (":authority", "x"), ("te", "trailers")]
@@ -54,10 +57,10 @@ class Side(Connection[Call, Pairs]):
     def on_headers(self, stream: Call, headers: Pairs) -> None:
         stream.headers.append(headers)
 
-    def on_data(self, stream: Call, part: bytes | memoryview) -> None:
-        stream.data += part
+    def on_data(self, stream: Call, parts: Sequence[bytes | memoryview], size: int) -> None:
+        stream.data += b"".join(parts)
         if self.taking:
-            self.grant(stream, len(part))
+            self.grant(stream, size)
 
     def on_end(self, stream: Call) -> None:
         stream.whole = True
@@ -86,7 +89,9 @@ class Peer:
         while True:
             there = self.h2.data_to_send()
             for at in range(0, len(there), self.pieces):
-                self.side.feed(there[at : at + self.pieces])
+                lent = bytearray(there[at : at + self.pieces])
+                self.side.feed(memoryview(lent))
+                lent[:] = b"\xff" * len(lent)  # as the next bytes do that come
             back = b""
             while self.side.unsent:
                 back += self.side.take()
@@ -135,6 +140,49 @@ def test_whatever_is_asked_and_answered_arrives_whole(calls: list[tuple[bytes, b
     ended = [event.stream_id for event in peer.events if isinstance(event, h2.events.StreamEnded)]
     assert ended == list(side.calls)
     assert not side.streams
+
+
+@given(
+    st.lists(st.integers(0, 200_000), min_size=2, max_size=5),
+    st.integers(1, 2**14),
+    st.sampled_from([100, 4096, 2**20]),
+)
+def test_messages_that_come_frame_by_frame_in_turns_are_not_mixed_up(sizes: list[int], most: int, pieces: int) -> None:
+    most = max(most, max(sizes) // 100)
+    side = Side()
+    peer = Peer(side, pieces=pieces)
+    left = {1 + 2 * number: bytes([number]) * size for number, size in enumerate(sizes)}
+    for identity in left:
+        peer.h2.send_headers(identity, REQUEST)
+    while left:
+        for identity, body in tuple(left.items()):
+            peer.h2.send_data(identity, body[:most], end_stream=len(body) <= most)
+            left[identity] = body[most:]
+            if len(body) <= most:
+                del left[identity]
+        if min(peer.h2.local_flow_control_window(1 + 2 * number) for number in range(len(sizes))) < 2 * most:
+            peer.exchange()
+    peer.exchange()
+    for number, size in enumerate(sizes):
+        call = side.calls[1 + 2 * number]
+        assert (call.data, call.whole) == (bytes([number]) * size, True)
+
+
+def test_large_answers_share_what_is_sent() -> None:
+    side = Side()
+    peer = Peer(side)
+    identities = range(1, 41, 2)
+    for identity in identities:
+        peer.h2.send_headers(identity, REQUEST, end_stream=True)
+    peer.h2.increment_flow_control_window(2**24)
+    for identity in identities:
+        peer.h2.increment_flow_control_window(2**20, identity)
+    peer.exchange()
+    for identity in identities:
+        side.send(side.calls[identity], ANSWER, bytes(2**19), TRAILERS)
+    for _ in range(4):  # far from what one of them has
+        assert len(side.take()) < 2 * http2.BURST_BYTES
+    assert all(side.calls[identity].unsent_bytes < 2**19 for identity in identities)
 
 
 def test_a_large_answer_does_not_keep_a_small_one_waiting() -> None:
@@ -240,6 +288,8 @@ def frame(kind: int, flags: int, identity: int, payload: bytes) -> bytes:
 
 HEAD = Encoder().encode(REQUEST)
 OPEN = frame(http2.HEADERS, http2.END_HEADERS, 1, HEAD)
+THIRD = frame(http2.HEADERS, http2.END_HEADERS, 3, HEAD)
+DATA_1, DATA_3 = (frame(http2.DATA, 0, identity, b"a") for identity in (1, 3))
 SETTINGS = frame(http2.SETTINGS, 0, 0, b"")
 
 LONG = frame(http2.CONTINUATION, 0, 1, bytes(9000))
@@ -270,6 +320,10 @@ def setting(name: int, value: int) -> bytes:
         (SETTINGS + frame(http2.DATA, 0, 1, b"a"), Code.PROTOCOL_ERROR),
         (SETTINGS + frame(http2.DATA, 0, 0, b"a"), Code.PROTOCOL_ERROR),
         (SETTINGS + OPEN + frame(http2.DATA, 1, 1, b"a") + frame(http2.DATA, 0, 1, b"a"), Code.STREAM_CLOSED),
+        (SETTINGS + OPEN + frame(http2.DATA, 1, 1, b"a") + frame(http2.DATA, 1, 1, b""), Code.STREAM_CLOSED),
+        (SETTINGS + OPEN + THIRD + DATA_3 + frame(http2.DATA, 1, 1, b"a") + DATA_3 + DATA_1, Code.STREAM_CLOSED),
+        (SETTINGS + OPEN + DATA_1 + DATA_3, Code.PROTOCOL_ERROR),
+        (SETTINGS + OPEN + DATA_1 + (2**20 + 1).to_bytes(3) + bytes(2) + b"\0\0\0\1", Code.FRAME_SIZE_ERROR),
         (SETTINGS + OPEN + frame(http2.DATA, 1, 1, b"") + OPEN, Code.STREAM_CLOSED),
         (SETTINGS + frame(http2.RST_STREAM, 0, 1, bytes(4)), Code.PROTOCOL_ERROR),
         (SETTINGS + OPEN + frame(http2.RST_STREAM, 0, 1, bytes(3)), Code.FRAME_SIZE_ERROR),
@@ -319,3 +373,48 @@ def test_noise_raises_nothing_but_faults(noise: bytes, cuts: list[int]) -> None:
             side.feed(sent[start:end])
     except ConnectionFault:
         assert side.closing
+
+
+MESSAGES = st.lists(st.one_of(st.binary(max_size=30), st.integers(0, 50_000).map(bytes)), max_size=5)
+
+
+@given(MESSAGES, st.sampled_from(["", "gzip"]), st.lists(st.lists(st.integers(1, 20_000), min_size=1), min_size=1))
+def test_messages_are_put_together_whatever_they_are_cut_into(
+    messages: list[bytes], encoding: str, cuts: list[list[int]]
+) -> None:
+    sent = b"".join(frame_message(message, encoding) for message in messages)
+    reader, got, at = MessageReader(2**20, encoding), list[bytes](), 0
+    for sizes in itertools.cycle(cuts):
+        parts = []
+        for size in sizes:
+            if part := sent[at : at + size]:
+                parts.append(bytearray(part))
+            at += size
+        if parts:
+            got += reader.feed([memoryview(part) for part in parts], sum(map(len, parts)))
+        for lent in parts:
+            lent[:] = bytes(len(lent))
+        if at >= len(sent):
+            break
+    assert got == messages
+    assert all(type(message) is bytes for message in got)
+    assert reader.held == 0
+
+
+def test_a_message_that_claims_to_be_large_takes_up_little() -> None:
+    reader, came = MessageReader(2**31 - 1), 2**16
+    tracemalloc.start()
+    try:
+        assert not list(reader.feed([b"\0\x7f\xff\xff\xff", bytes(came)], PREFIX_BYTES + came))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * GROWTH * came
+    assert GROWTH * came <= reader.held < 2 * GROWTH * came
+
+
+def test_a_message_of_which_nothing_came_yet_is_seen() -> None:
+    reader = MessageReader(100)
+    assert not list(reader.feed([b"\0\0\0\0\x05"], PREFIX_BYTES))
+    assert reader.held
+    assert list(reader.feed([b"12345"], 5)) == [b"12345"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from hedgerow.backend import Backend, Deadline
 from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
@@ -47,7 +48,7 @@ class Replica:
         """The answer; `timeout_s` is what is left of the deadline, since clocks differ between machines."""
         deadline = Deadline.never() if timeout_s is None else Deadline.after(timeout_s)
         assert self._answers is not None, _FIRST
-        return await self._answers.infer(request, deadline)
+        return replace(await self._answers.infer(request, deadline), source=None)  # which would travel with each answer
 
     def _loaded(self) -> ModelHost:
         assert self._host is not None, _FIRST

@@ -48,9 +48,7 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
         if not self.models:
             raise ConfigError("models: name at least one model and its file")
         if self.server.model_control or self.server.control_token:
-            raise ConfigError(
-                "server.model_control: the models are those of the settings; callers cannot manage them"
-            )
+            raise ConfigError("server.model_control: the models are those of the settings; callers cannot manage them")
         files = {name: (base / path).resolve() for name, path in self.models.items()}
         for name, file in files.items():
             if not file.is_file():

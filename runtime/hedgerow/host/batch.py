@@ -156,6 +156,7 @@ class Runnable:
             outputs=tuple([Tensor(name, self._datatypes[name], array) for name, array in arrays.items()]),
             run=run,
             first=first,
+            source=self.metadata,
         )
 
 

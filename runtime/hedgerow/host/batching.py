@@ -224,28 +224,30 @@ class Batcher:
         """Start what can start."""
         queue, now = self._queue, time.monotonic()
         self._dispatching, spent_s = False, 0.0
-        while queue.waiting and queue.free > 0:
-            if (start := queue.starts_at(now)) > now:
-                self._wake_at(start)
-                break
-            inline = queue.inline()
-            calls, late = queue.take(now, spread=not inline)
-            for call in late:
-                _refuse(call, DeadlineExceeded("the deadline would pass before the model had answered"))
-            calls = [call for call in calls if not call.answer.done()]
-            if not calls:
-                continue
-            self._start(calls, now, inline=inline)
-            if inline:
-                began, now = now, time.monotonic()
-                spent_s += now - began
-                if queue.waiting and spent_s > INLINE_TURN_S:  # the rest of the loop has its turn first
-                    self._again()
+        try:
+            while queue.waiting and queue.free > 0:
+                if (start := queue.starts_at(now)) > now:
+                    self._wake_at(start)
                     break
-        new, self._new = self._new, []
-        for call in new:
-            if not call.answer.done():
-                self._alarms.watch(call, call.deadline)
+                inline = queue.inline()
+                calls, late = queue.take(now, spread=not inline)
+                for call in late:
+                    _refuse(call, DeadlineExceeded("the deadline would pass before the model had answered"))
+                calls = [call for call in calls if not call.answer.done()]
+                if not calls:
+                    continue
+                self._start(calls, now, inline=inline)
+                if inline:
+                    began, now = now, time.monotonic()
+                    spent_s += now - began
+                    if queue.waiting and spent_s > INLINE_TURN_S:  # the rest of the loop has its turn first
+                        self._again()
+                        break
+        finally:  # whatever goes wrong, nobody waits beyond their deadline
+            new, self._new = self._new, []
+            for call in new:
+                if not call.answer.done():
+                    self._alarms.watch(call, call.deadline)
         self._settle()
 
     def _again(self) -> None:

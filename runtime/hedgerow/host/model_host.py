@@ -399,19 +399,22 @@ class ModelHost:
     def _make_room(self, file: ModelFile, memory_bytes: int) -> None:
         """Unload what was used longest ago until `file` fits, or raise `ModelNotReady`."""
         budget_bytes = self.settings.memory_budget_bytes
-        while budget_bytes and self.memory_bytes + memory_bytes > budget_bytes:
-            idle = [
-                staged
-                for staged in self._serving.values()
-                if not staged.users and not staged.file.pinned and staged.file.model != file.model
-            ]
-            if not idle or memory_bytes > budget_bytes:
-                raise ModelNotReady(
-                    f"there is no room for {file.model}: it needs about {memory_bytes} bytes, and"
-                    f" {self.memory_bytes} of {budget_bytes} are taken by models in use",
-                    retry_after_s=ROOM_RETRY_S,
-                )
-            oldest = min(idle, key=lambda staged: staged.used)
+        missing = self.memory_bytes + memory_bytes - budget_bytes if budget_bytes else 0
+        idle = [
+            staged
+            for staged in self._serving.values()
+            if not staged.users and not staged.file.pinned and staged.file.model != file.model
+        ]
+        if missing > sum(staged.memory_bytes for staged in idle):  # all of them would go for nothing
+            raise ModelNotReady(
+                f"there is no room for {file.model}: it needs about {memory_bytes} bytes, and"
+                f" {self.memory_bytes} of {budget_bytes} are taken by models in use",
+                retry_after_s=ROOM_RETRY_S,
+            )
+        for oldest in sorted(idle, key=lambda staged: staged.used):
+            if missing <= 0:
+                break
+            missing -= oldest.memory_bytes
             log.info("%s: unloading %s to make room for %s", self._name, oldest.file.model, file.model)
             del self._serving[oldest.file.model]
             self._evicted[oldest.file.model] = oldest.metadata

@@ -91,7 +91,7 @@ class Inlining:
 
     def add(self, rows: int, wall_s: float, cpu_s: float, *, inline: bool) -> None:
         """Count a run, on the event loop if `inline`."""
-        if not self._below_s:
+        if not self._below_s or not rows:  # a run of no rows proves nothing
             return
         if inline and self._disproved(wall_s, cpu_s):
             self.proved = False

@@ -8,7 +8,7 @@ call, and finishes what it can.
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from functools import partial
 from typing import Final
 
@@ -19,7 +19,7 @@ from hedgerow.errors import DeadlineExceeded, EngineFault, HedgerowError, Overlo
 from hedgerow.http2.connection import Code, ConnectionFault, Stream
 from hedgerow.http2.grpc import MessageReader, format_timeout, frame_message, unquote
 from hedgerow.http2.headers import TABLE_BYTES, HeaderWriter
-from hedgerow.http2.sockets import SocketConnection
+from hedgerow.http2.sockets import SocketConnection, new_space
 
 MAX_STREAMS = 1000
 """Calls at once that we make before the server has said how many it takes."""
@@ -68,6 +68,8 @@ class Channel:
         self._connecting: asyncio.Task[None] | None = None
         self._closed = False
         self._scheme = "https" if tls else "http"
+        self.space = new_space()
+        """For the connection to read into."""
 
     @property
     def standing(self) -> bool:
@@ -215,6 +217,7 @@ class _Connection(SocketConnection[_Stream, _Pairs]):
         self.settled: asyncio.Future[None] = loop.create_future()
         self._loop = loop
         self._channel = channel
+        self._space = channel.space
         self._writer = HeaderWriter()
         self._heads: dict[str, tuple[tuple[bytes, bytes], ...]] = {}
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -259,20 +262,20 @@ class _Connection(SocketConnection[_Stream, _Pairs]):
     # The socket's side.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See `asyncio.Protocol`."""
+        """See `asyncio.BufferedProtocol`."""
         super().connection_made(transport)
         self._timer = self._loop.call_later(KEEPALIVE_S, self._look)
 
-    def data_received(self, data: bytes) -> None:
-        """See `asyncio.Protocol`."""
-        super().data_received(data)
+    def buffer_updated(self, size: int) -> None:
+        """See `asyncio.BufferedProtocol`."""
+        super().buffer_updated(size)
         if self._settled and not self.settled.done():
             self.settled.set_result(None)
         if self.closing and not self.streams:
             self.close()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """See `asyncio.Protocol`."""
+        """See `asyncio.BufferedProtocol`."""
         super().connection_lost(error)
         if not self.settled.done():
             self.settled.set_exception(ConnectionError(CANNOT_CONNECT))
@@ -304,12 +307,12 @@ class _Connection(SocketConnection[_Stream, _Pairs]):
             stream.reader = MessageReader(self._channel.max_message_bytes, stream.encoding)
         stream.headers = headers
 
-    def on_data(self, stream: _Stream, part: bytes | memoryview) -> None:
+    def on_data(self, stream: _Stream, parts: Sequence[bytes | memoryview], size: int) -> None:
         """See `Connection`."""
         if stream.reader is None:
             return  # a page of some proxy's: its status says all
         try:
-            stream.answers.extend(stream.reader.feed(part))
+            stream.answers.extend(stream.reader.feed(parts, size))
         except HedgerowError as error:
             fault = Overloaded(str(error)) if isinstance(error, Overloaded) else EngineFault(str(error))
             stream.end(fault)
@@ -317,9 +320,9 @@ class _Connection(SocketConnection[_Stream, _Pairs]):
             return
         stream.news.set()
         if len(stream.answers) < MAX_ANSWERS_AHEAD:
-            self.grant(stream, len(part))
+            self.grant(stream, size)
         else:
-            stream.withheld += len(part)
+            stream.withheld += size
 
     def on_end(self, stream: _Stream) -> None:
         """See `Connection`."""

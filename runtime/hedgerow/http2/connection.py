@@ -13,7 +13,7 @@ those that came, `take` gives those to be sent, `wake` is called when there are 
 import math
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Final, Generic, TypeVar
 
@@ -34,7 +34,7 @@ CONNECTION_WINDOW = 16 * 2**20
 MAX_ANSWERS = 1000
 """Answers to pings and settings that may wait to be sent."""
 BURST_BYTES = 2**18
-"""What is taken from streams for sending at a time, so that streams take turns and little is copied ahead."""
+"""What is taken from streams for sending at a time, so that little is copied ahead; they share it."""
 
 _HEAD = struct.Struct(">HBBBI")
 _SETTING = struct.Struct(">HI")
@@ -96,6 +96,18 @@ class Stream:
         self.finished = False
 
 
+class _Run:
+    """What some bytes have of the data of one stream. `begun`: the lengths of the frames that begin among them."""
+
+    __slots__ = ("begun", "ends", "parts", "size")
+
+    def __init__(self, *, ends: bool = False) -> None:
+        self.parts: list[bytes | memoryview] = []
+        self.size = 0
+        self.begun = 0
+        self.ends = ends
+
+
 S = TypeVar("S", bound=Stream)
 H = TypeVar("H")
 
@@ -136,7 +148,7 @@ class Connection(Generic[S, H]):
         self._granted = CONNECTION_WINDOW
         self._owed = 0
         self._data_left = 0
-        self._data_stream: S | None = None
+        self._data_stream = 0
         self._data_ends = False
         self._block: bytearray | None = None
         self._block_stream = 0
@@ -161,8 +173,11 @@ class Connection(Generic[S, H]):
         """More headers of a stream: an answer's, or trailers."""
         raise NotImplementedError
 
-    def on_data(self, stream: S, part: bytes | memoryview) -> None:
-        """Data of a stream; to be granted again with `grant` when it no longer takes up room."""
+    def on_data(self, stream: S, parts: Sequence[bytes | memoryview], size: int) -> None:
+        """`size` bytes of data of a stream; to be granted again with `grant` when they no longer take up room.
+
+        The parts are gone when this returns: what is to stay has to be copied.
+        """
         raise NotImplementedError
 
     def on_end(self, stream: S) -> None:
@@ -181,28 +196,28 @@ class Connection(Generic[S, H]):
 
     # What came.
 
-    def feed(self, data: bytes) -> None:
-        """Take bytes from the other side; raises `ConnectionFault`, with the goodbye in `take`."""
+    def feed(self, data: bytes | memoryview) -> None:
+        """Take bytes from the other side; raises `ConnectionFault`, with the goodbye in `take`.
+
+        `data` is not used any more when this returns.
+        """
         try:
             self._feed(self._buffer + data if self._buffer else data)
         except ConnectionFault as fault:
             self.say_goodbye(fault.code, str(fault))
             raise
 
-    def _feed(self, data: bytes) -> None:
+    def _feed(self, data: bytes | memoryview) -> None:
         position, end = 0, len(data)
         self._buffer = b""
         if self._preface:
-            given = data[: len(self._preface)]
+            given = bytes(data[: len(self._preface)])
             if not self._preface.startswith(given):
                 raise ConnectionFault(Code.PROTOCOL_ERROR, "this is not HTTP/2")
             self._preface, position = self._preface[len(given) :], len(given)
         while position < end:
             if self._data_left:
-                size = min(self._data_left, end - position)
-                self._data_left -= size
-                self._take_data(data, position, size)
-                position += size
+                position = self._take_data(data, position)
                 continue
             if end - position < 9:
                 break
@@ -215,15 +230,15 @@ class Connection(Generic[S, H]):
             if length > (FRAME_BYTES if kind == DATA else MAX_BLOCK_BYTES):
                 raise ConnectionFault(Code.FRAME_SIZE_ERROR, f"a frame of {length} bytes is too large")
             if kind == DATA and not flags & PADDED:
-                position += 9
-                self._begin_data(identity, length, length, ends=bool(flags & END_STREAM))
+                self._data_stream, self._data_ends = identity, False
+                position = self._take_data(data, position)
                 continue
             if end - position < 9 + length:
                 break
             position += 9
-            self._take_frame(kind, flags, identity, data[position : position + length])
+            self._take_frame(kind, flags, identity, bytes(data[position : position + length]))
             position += length
-        self._buffer = data[position:]
+        self._buffer = bytes(data[position:])
 
     def _take_frame(self, kind: int, flags: int, identity: int, payload: bytes) -> None:
         if _FIXED.get(kind, len(payload)) != len(payload):
@@ -232,12 +247,11 @@ class Connection(Generic[S, H]):
             raise ConnectionFault(Code.PROTOCOL_ERROR, f"a frame of kind {kind} on stream {identity}")
         match kind:
             case 0:
-                whole = len(payload)
-                data = _unpadded(payload)
-                self._begin_data(identity, whole, len(data), ends=bool(flags & END_STREAM))
-                if data:
-                    self._data_left = 0
-                    self._take_data(data, 0, len(data))
+                whole, payload = len(payload), _unpadded(payload)
+                self._count_data(identity, whole)
+                if (stream := self.streams.get(identity)) is not None:
+                    self.grant(stream, whole - len(payload))
+                self._hand_on(identity, (payload,), len(payload), ends=bool(flags & END_STREAM))
             case 1:
                 if flags & PADDED:
                     payload = _unpadded(payload)
@@ -321,8 +335,46 @@ class Connection(Generic[S, H]):
             self._sending.pop(stream.id, None)
             self.on_gone(stream)
 
-    def _begin_data(self, identity: int, length: int, payload: int, *, ends: bool) -> None:
-        """`length` counts in the windows, `payload` of it is handed on."""
+    def _take_data(self, data: bytes | memoryview, position: int) -> int:
+        """Take the rest of the frame of DATA that has begun, and those that follow it; where they end.
+
+        What is there of a stream is handed on in one go: large messages come in hundreds of small frames.
+        """
+        identity, left = self._data_stream, self._data_left
+        run = _Run(ends=self._data_ends)
+        runs, end = {identity: run}, len(data)
+        while True:
+            if left:
+                part = data[position : position + left]
+                run.parts.append(part)
+                taken = len(part)
+                position, left = position + taken, left - taken
+                run.size += taken
+            if left or end - position < 9:
+                break
+            upper, lower, kind, flags, following = _HEAD.unpack_from(data, position)
+            length = upper << 8 | lower
+            if kind != DATA or flags & PADDED or length > FRAME_BYTES:
+                break
+            following &= MAX_WINDOW
+            if following != identity:
+                identity = following
+                run = runs.get(identity) or runs.setdefault(identity, _Run())
+            if run.ends:
+                break
+            position, left = position + 9, length
+            run.begun += length
+            run.ends = bool(flags & END_STREAM)
+        self._data_stream, self._data_left, self._data_ends = identity, left, run.ends
+        for each, taken_run in runs.items():
+            self._count_data(each, taken_run.begun)
+            self._hand_on(
+                each, taken_run.parts, taken_run.size, ends=taken_run.ends and not (left and each == identity)
+            )
+        return position
+
+    def _count_data(self, identity: int, length: int) -> None:
+        """Frames of DATA of `length` have begun, which counts in the windows."""
         if identity == 0:
             raise ConnectionFault(Code.PROTOCOL_ERROR, "DATA on stream 0")
         self._known(identity)
@@ -343,24 +395,13 @@ class Connection(Generic[S, H]):
             stream.granted -= length
             if stream.granted < 0:
                 raise ConnectionFault(Code.FLOW_CONTROL_ERROR, f"more data than was granted to stream {identity}")
-            if length > payload:
-                self.grant(stream, length - payload)
-        self._data_left, self._data_stream, self._data_ends = payload, stream, ends
-        if not payload and ends and stream is not None:
-            self._end(stream)
 
-    def _take_data(self, data: bytes, position: int, size: int) -> None:
-        stream = self._data_stream
-        if stream is None or self.streams.get(stream.id) is not stream:
-            return
-        # Small parts are cheaper copied, large ones are not copied before the whole is there.
-        part = (
-            data[position : position + size]
-            if size < DEFAULT_FRAME_BYTES
-            else memoryview(data)[position : position + size]
-        )
-        self.on_data(stream, part)
-        if self._data_ends and not self._data_left and self.streams.get(stream.id) is stream:
+    def _hand_on(self, identity: int, parts: Sequence[bytes | memoryview], size: int, *, ends: bool) -> None:
+        stream = self.streams.get(identity)
+        if stream is not None and size:
+            self.on_data(stream, parts, size)
+            stream = self.streams.get(identity)
+        if stream is not None and ends:
             self._end(stream)
 
     def _take_settings(self, flags: int, payload: bytes) -> None:
@@ -423,7 +464,7 @@ class Connection(Generic[S, H]):
         """
         for stream in tuple(self.streams.values()):
             self._drop(stream)
-        self._data_stream = self._block = None
+        self._block = None
         self._buffer = b""
         self._out.clear()
 
@@ -435,46 +476,51 @@ class Connection(Generic[S, H]):
         return bool(self._out or any(self._sendable(stream) for stream in self._sending.values()))
 
     def take(self) -> bytes:
-        """What can be sent now, up to a burst of data; to be called again while `unsent`."""
+        """What can be sent now, up to about a burst of data; to be called again while `unsent`."""
         out, self._out, self._answers = self._out, [], 0
         left = BURST_BYTES
         while self._sending and left > 0:
             ready = [stream for stream in self._sending.values() if self._sendable(stream)]
             if not ready:
                 break
+            share = max(left // len(ready), DEFAULT_FRAME_BYTES)
             for stream in ready:
-                left -= self._send_some(stream, out)
+                left -= self._send_some(stream, share, out)
+                if left <= 0:
+                    break
         return b"".join(out)
 
     def _sendable(self, stream: S) -> bool:
         return not stream.unsent or (self._window > 0 and stream.window > 0)
 
-    def _send_some(self, stream: S, out: list[bytes]) -> int:
-        """Move one frame of `stream`, or its end, into `out`; how many bytes of data that were."""
-        size = 0
-        if stream.unsent:
+    def _send_some(self, stream: S, share: int, out: list[bytes]) -> int:
+        """Move up to `share` bytes of `stream` as frames, and its end, into `out`; how many bytes of data that were."""
+        size, room = 0, min(self._window, stream.window, share)
+        if stream.unsent and room <= 0:
+            return 0
+        while stream.unsent and size < room:
             part = stream.unsent[0]
-            size = min(len(part), self._frame_bytes, self._window, stream.window)
-            if size <= 0:
-                return 0
-            if size == len(part):
+            length = min(len(part), self._frame_bytes, room - size)
+            if length == len(part):
                 stream.unsent.popleft()
             else:
-                part, stream.unsent[0] = part[:size], part[size:]
-            self._window -= size
-            stream.window -= size
-            stream.unsent_bytes -= size
+                part, stream.unsent[0] = part[:length], part[length:]
+            size += length
             ends = not stream.unsent and stream.last == b""
-            out.append(_HEAD.pack(size >> 8, size & 255, DATA, END_STREAM if ends else 0, stream.id))
+            out.append(_HEAD.pack(length >> 8, length & 255, DATA, END_STREAM if ends else 0, stream.id))
             out.append(part)  # type: ignore[arg-type] # join takes it
-        if not stream.unsent:
-            self._sending.pop(stream.id, None)
-            if stream.last is not None:
-                if stream.last:
-                    out.append(_frame(HEADERS, END_HEADERS | END_STREAM, stream.id, stream.last))
-                elif not size:
-                    out.append(_frame(DATA, END_STREAM, stream.id, b""))
-                self._finish(stream)
+        self._window -= size
+        stream.window -= size
+        stream.unsent_bytes -= size
+        del self._sending[stream.id]
+        if stream.unsent:
+            self._sending[stream.id] = stream  # behind the others
+        elif stream.last is not None:
+            if stream.last:
+                out.append(_frame(HEADERS, END_HEADERS | END_STREAM, stream.id, stream.last))
+            elif not size:
+                out.append(_frame(DATA, END_STREAM, stream.id, b""))
+            self._finish(stream)
         self.on_sent(stream)
         return size
 

@@ -2,7 +2,8 @@
 
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from io import BytesIO
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
@@ -14,6 +15,8 @@ ENCODINGS: Final = {"gzip": 31, "deflate": 15}
 """Compressions that we read, with zlib's `wbits` for them."""
 MIN_COMPRESSED_BYTES: Final = 1024
 """Smaller messages are sent as they are."""
+GROWTH: Final = 4
+"""Times what has come of a message, there is room for it at most: its length alone is only a claim."""
 _UNITS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _TIMEOUT: Final = re.compile(r"(\d{1,8})([HMSmun])")
 
@@ -66,30 +69,40 @@ class MessageReader:
     `limit` bounds a message, compressed or not; `encoding` is the stream's `grpc-encoding`.
     """
 
-    __slots__ = ("_compressed", "_encoding", "_have", "_limit", "_parts", "_prefix", "_size")
+    __slots__ = ("_compressed", "_encoding", "_have", "_limit", "_message", "_prefix", "_room", "_size")
 
     def __init__(self, limit: int, encoding: str = "") -> None:
         self._limit = limit
         self._encoding = encoding
         self._prefix = b""
         self._size = -1
+        """Of the message that has begun."""
         self._have = 0
-        self._parts: list[bytes | memoryview] = []
+        self._message = BytesIO()
+        self._room = 0
+        """What the incomplete message has of memory."""
         self._compressed = False
 
     @property
     def held(self) -> int:
-        """Bytes of the incomplete message."""
-        return self._have + len(self._prefix)
+        """Bytes that the incomplete message takes up."""
+        return self._room + len(self._prefix)
 
-    def feed(self, part: bytes | memoryview) -> Iterable[bytes]:
-        """The messages that `part` completes; raises `Overloaded` (too large), `Unsupported`, `InvalidInput`."""
-        # The usual case: one whole message in one part.
-        if not self.held and len(part) >= PREFIX_BYTES and part[0] == 0:
-            size = int.from_bytes(part[1:PREFIX_BYTES])
-            if len(part) == PREFIX_BYTES + size and size <= self._limit:
-                return (bytes(part[PREFIX_BYTES:]),)
-        return tuple(self._feed(part))
+    def feed(self, parts: Sequence[bytes | memoryview], size: int) -> Iterable[bytes]:
+        """The messages that `parts`, of `size` bytes, complete.
+
+        Raises `Overloaded` (too large), `Unsupported`, `InvalidInput`.
+        """
+        if self._size < 0:
+            # The usual case: one whole message in one part.
+            part = parts[0]
+            if len(parts) == 1 and not self._prefix and size >= PREFIX_BYTES and part[0] == 0:
+                length = int.from_bytes(part[1:PREFIX_BYTES])
+                if size == PREFIX_BYTES + length and length <= self._limit:
+                    return (bytes(part[PREFIX_BYTES:]),)
+        elif self._have + size <= self._size:  # amid a large one
+            return self._keep(parts, size)
+        return [message for part in parts for message in self._feed(part)]
 
     def _feed(self, part: bytes | memoryview) -> Iterable[bytes]:
         while part:
@@ -100,13 +113,9 @@ class MessageReader:
                 if len(self._prefix) < PREFIX_BYTES:
                     return
                 self._begin()
-            missing = self._size - self._have
-            taken = part[:missing] if len(part) > missing else part
+            taken = part[: self._size - self._have]
             part = part[len(taken) :]
-            self._parts.append(taken)
-            self._have += len(taken)
-            if self._have == self._size:
-                yield self._whole()
+            yield from self._keep((taken,), len(taken))
 
     def _begin(self) -> None:
         flag, size = self._prefix[0], int.from_bytes(self._prefix[1:])
@@ -115,13 +124,26 @@ class MessageReader:
         if flag and self._encoding not in ENCODINGS:
             raise Unsupported(f"a message is compressed by {self._encoding or 'nothing'!r}; expected gzip or deflate")
         self._check(size)
-        self._compressed, self._size, self._prefix = bool(flag), size, b""
+        self._compressed, self._size = bool(flag), size
 
-    def _whole(self) -> bytes:
-        message = b"".join(self._parts)
-        self._parts, self._have, self._size = [], 0, -1
-        if not self._compressed:
-            return message
+    def _keep(self, parts: Sequence[bytes | memoryview], size: int) -> Iterable[bytes]:
+        """The message, if `parts` complete it."""
+        have, message = self._have + size, self._message
+        if have > self._room:
+            self._room = min(self._size, GROWTH * have)
+            if have < self._room:  # by itself it would grow, and be copied, for each part
+                message.seek(self._room - 1)
+                message.write(b"\0")
+                message.seek(self._have)
+        message.writelines(parts)
+        self._have = have
+        if have < self._size:
+            return ()
+        whole = message.getvalue()  # what is in there, not a copy
+        self._message, self._prefix, self._size, self._have, self._room = BytesIO(), b"", -1, 0, 0
+        return (self._unpacked(whole) if self._compressed else whole,)
+
+    def _unpacked(self, message: bytes) -> bytes:
         unpacker = zlib.decompressobj(ENCODINGS[self._encoding])
         try:
             plain = unpacker.decompress(message, self._limit + 1)

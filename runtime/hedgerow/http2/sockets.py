@@ -6,12 +6,25 @@ from typing import TypeVar, cast
 
 from hedgerow.http2.connection import Connection, ConnectionFault, Stream
 
+READ_BYTES = 2**19
+"""What is read at a time: enough to spend little on each read, few enough to stay in the processor's cache."""
+COPIED_BYTES = 2**14
+"""Smaller reads are cheaper copied once than looked at in place."""
+
 S = TypeVar("S", bound=Stream)
 H = TypeVar("H")
 
 
-class SocketConnection(Connection[S, H], asyncio.Protocol):
+def new_space() -> memoryview:
+    """Where bytes are read into."""
+    return memoryview(bytearray(READ_BYTES))
+
+
+class SocketConnection(Connection[S, H], asyncio.BufferedProtocol):
     """Moves the bytes of a `Connection`. What is written in one turn of the loop leaves in one write.
+
+    What comes is read into `_space`, which a subclass sets. The connections of an event loop may share one: what of it
+    is not done with at once is copied.
 
     A subclass sets `_timer` to `_look` now and then whether the other side is there. One alarm watches over the
     deadlines of all streams: most end long before, and setting one up for each costs more than looking through them.
@@ -23,22 +36,28 @@ class SocketConnection(Connection[S, H], asyncio.Protocol):
     _alarm_at = math.inf
     _flushing = _paused = _heard = _pinged = False
     _loop: asyncio.AbstractEventLoop
+    _space: memoryview
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See `asyncio.Protocol`."""
+        """See `asyncio.BufferedProtocol`."""
         self._transport = cast("asyncio.Transport", transport)
         self._wake_up()
 
-    def data_received(self, data: bytes) -> None:
-        """See `asyncio.Protocol`."""
+    def get_buffer(self, _: int) -> memoryview:
+        """See `asyncio.BufferedProtocol`."""
+        return self._space
+
+    def buffer_updated(self, size: int) -> None:
+        """See `asyncio.BufferedProtocol`."""
         self._heard = True
+        data = self._space[:size]
         try:
-            self.feed(data)
+            self.feed(bytes(data) if size < COPIED_BYTES else data)
         except ConnectionFault:
             self.close()
 
     def connection_lost(self, _: Exception | None) -> None:
-        """See `asyncio.Protocol`."""
+        """See `asyncio.BufferedProtocol`."""
         self._transport, self.closing = None, True
         for timer in (self._timer, self._alarm):
             if timer is not None:
@@ -46,11 +65,11 @@ class SocketConnection(Connection[S, H], asyncio.Protocol):
         self.abandon()
 
     def pause_writing(self) -> None:
-        """See `asyncio.Protocol`."""
+        """See `asyncio.BufferedProtocol`."""
         self._paused = True
 
     def resume_writing(self) -> None:
-        """See `asyncio.Protocol`."""
+        """See `asyncio.BufferedProtocol`."""
         self._paused = False
         self._wake_up()
 
@@ -100,7 +119,7 @@ class SocketConnection(Connection[S, H], asyncio.Protocol):
     def _flush(self) -> None:
         self._flushing = False
         while self._transport is not None and not self._paused and self.unsent:
-            self._transport.write(self.take())
+            self._transport.write(memoryview(self.take()))  # what the socket does not take is copied once, not twice
 
     def _silent(self, *, asks: bool) -> bool:
         """Whether the other side did not even answer a ping since this was asked last; it is sent one if it `asks`."""

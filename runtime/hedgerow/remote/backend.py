@@ -9,12 +9,12 @@ long, sent to another if the first could not take it (`breaker.RetryBudget`). Wh
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import msgspec
 from google.protobuf.message import Message
 
 from hedgerow.backend import Deadline, ModelState, Snapshot
@@ -48,8 +48,7 @@ MAX_VALUE_CHARS = 512
 """Of one value of metadata: as much of `tracestate` W3C Trace Context wants propagated; more is left out whole."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
+class _Call(msgspec.Struct, frozen=True):
     """One request on its way, and who has been asked."""
 
     request: InferRequest
@@ -57,7 +56,7 @@ class _Call:
     raw: bytes
     metadata: Metadata
     deadline: Deadline
-    asked: list[Endpoint] = field(default_factory=list)
+    asked: list[Endpoint] = []
 
 
 class RemoteBackend:
@@ -155,20 +154,20 @@ class RemoteBackend:
         with call.load:
             for _ in range(self.settings.max_retries):
                 try:
-                    return await self._once(call)
+                    return await self._sent(call, self._pool.choose(call.asked) or await self._reach(deadline))
                 except (BackendUnavailable, Overloaded) as error:
                     pause_s = self._pause_s(error, call)
                     if pause_s is None:
                         raise
                 self.counts.retries += 1
                 await asyncio.sleep(pause_s)
-            return await self._once(call)
+            return await self._sent(call, self._pool.choose(call.asked) or await self._reach(deadline))
 
     async def stream(self, request: InferRequest, deadline: Deadline) -> AsyncIterator[InferResponse]:
         """See `Backend`. Not retried: some answers may have been given."""
         call = self._call(plain(request), deadline)
         with call.load:
-            endpoint = await self._choose(call)
+            endpoint = self._pool.choose() or await self._reach(deadline)
             async with aclosing(endpoint.stream("ModelStreamInfer", call.raw, deadline, call.metadata)) as answers:
                 async for raw in answers:
                     answer = streamed(raw, self._name)
@@ -177,12 +176,12 @@ class RemoteBackend:
 
     def snapshot(self, model: str) -> Snapshot:  # noqa: ARG002 (the way is the same for every model)
         """See `Backend`."""
-        reason = self._pool.reason
+        reason, now = self._pool.reason, time.monotonic()
         return Snapshot(
             healthy=not reason,
             inflight=self._admission.inflight.count,
-            latency_p50_s=self._latency.quantile(0.5),
-            latency_p95_s=self._latency.quantile(0.95),
+            latency_p50_s=self._latency.quantile(0.5, now),
+            latency_p95_s=self._latency.quantile(0.95, now),
             reason=reason,
         )
 
@@ -235,18 +234,13 @@ class RemoteBackend:
             raise BackendUnavailable(f"{self._name} unavailable: {self._pool.reason}")
         return endpoint
 
-    async def _choose(self, call: _Call) -> Endpoint:
-        endpoint = self._pool.choose(call.asked) or await self._reach(call.deadline)
-        call.asked.append(endpoint)
-        return endpoint
-
-    async def _once(self, call: _Call) -> InferResponse:
-        first = await self._choose(call)
-        if self.settings.hedge_after_quantile:
+    def _sent(self, call: _Call, first: Endpoint) -> Coroutine[Any, Any, InferResponse]:
+        """The answer of `first`, or of another that is asked beside it where it takes long."""
+        if self.settings.hedge_after_quantile and len(self._pool.endpoints) > 1:
             usual_s = self._latency.quantile(self.settings.hedge_after_quantile)
-            if usual_s is not None and len(self._pool.endpoints) > 1:
-                return await self._hedged(call, first, max(usual_s, self.settings.hedge_min_s))
-        return await self._attempt(call, first)
+            if usual_s is not None:
+                return self._hedged(call, first, max(usual_s, self.settings.hedge_min_s))
+        return self._attempt(call, first)
 
     async def _hedged(self, call: _Call, first: Endpoint, after_s: float) -> InferResponse:
         """The first good answer of `first` and, if there is none after so long, of another; the loser is cancelled."""
@@ -286,10 +280,10 @@ class RemoteBackend:
         if other is None or other in call.asked or not (self._hedges.spend() and self._retries.spend()):
             return None
         self.counts.hedges += 1
-        call.asked.append(other)
         return other
 
     async def _attempt(self, call: _Call, endpoint: Endpoint) -> InferResponse:
+        call.asked.append(endpoint)
         started = time.monotonic()
         limit, inflight = call.load.limit, call.load.count
         time_s = min(self.settings.timeout_s, call.deadline.at - started)
@@ -303,16 +297,17 @@ class RemoteBackend:
             if await self._is_ready(endpoint, call):
                 raise
             raise BackendUnavailable(f"{self._name} unavailable: {call.request.model} is not ready") from None
-        took_s = time.monotonic() - started
+        now = time.monotonic()
+        took_s = now - started
         self.counts.received_bytes += len(raw)
         try:
             answer = parsed(response_from_bytes, raw, self._name)
         except EngineFault:
             endpoint.faulted()
             raise
-        self._latency.add(took_s)
+        self._latency.add(took_s, now)
         limit.answered(took_s, inflight, time_s)
-        endpoint.answered(took_s)
+        endpoint.answered(took_s, now)
         return answer
 
     async def _is_ready(self, endpoint: Endpoint, call: _Call) -> bool:

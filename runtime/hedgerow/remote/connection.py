@@ -5,10 +5,10 @@ Whatever implements `Connection` raises the errors of `hedgerow.rpc.received`, w
 
 import asyncio
 import ssl
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from functools import cache
 from pathlib import Path
-from typing import Final, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -155,8 +155,10 @@ class _NativeConnection:
     def standing(self) -> bool:
         return self._channel.standing
 
-    async def unary(self, method: str, request: bytes, timeout_s: float, metadata: Metadata = ()) -> bytes:
-        return await self._channel.unary(_path(method), request, timeout_s, metadata)
+    def unary(
+        self, method: str, request: bytes, timeout_s: float, metadata: Metadata = ()
+    ) -> Coroutine[Any, Any, bytes]:
+        return self._channel.unary(_path(method), request, timeout_s, metadata)
 
     def stream(
         self, method: str, request: bytes, timeout_s: float, metadata: Metadata = ()

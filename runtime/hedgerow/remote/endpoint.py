@@ -102,6 +102,7 @@ class Endpoint:
         self._connection: Connection | None = None
         self._pace = PeakLatency()
         self._round_trips: deque[float] = deque(maxlen=ROUND_TRIPS)
+        self._way_back_s = 0.0
         self._opened_at = 0.0
         self._opened = asyncio.Event()
 
@@ -160,9 +161,9 @@ class Endpoint:
                 raise self._fault(fault, connection, took_s, timeout_s, timed=False) from fault
         self.breaker.succeeded()
 
-    def answered(self, seconds: float) -> None:
-        """Count a good answer."""
-        self._pace.add(seconds, time.monotonic())
+    def answered(self, seconds: float, now: float) -> None:
+        """Count a good answer that took `seconds`; `now` is on the monotonic clock."""
+        self._pace.add(seconds, now)
         self.conduct.answered()
 
     def waited(self, seconds: float) -> None:
@@ -210,8 +211,7 @@ class Endpoint:
         """
         if remaining_s <= 0:
             raise DeadlineExceeded(f"the deadline passed before {self._name} was asked")
-        way_back_s = min(self._round_trips, default=0.0) / 2
-        return min(self._settings.timeout_s, remaining_s - min(way_back_s, MAX_WAY_BACK * remaining_s))
+        return min(self._settings.timeout_s, remaining_s - min(self._way_back_s, MAX_WAY_BACK * remaining_s))
 
     async def _connected(self, deadline: Deadline) -> Connection:
         """A connection that stands."""
@@ -318,6 +318,7 @@ class Endpoint:
         else:
             ready = parsed(oip_pb2.ServerReadyResponse.FromString, raw, self._name).ready
         self._round_trips.append(time.monotonic() - started)
+        self._way_back_s = min(self._round_trips) / 2
         return await self._models.examine(ask, server_ready=ready)
 
     def _failed(self, reason: str) -> None:

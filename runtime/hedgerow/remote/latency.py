@@ -103,12 +103,9 @@ class PeakLatency:
 
     def add(self, seconds: float, now: float) -> None:
         """Count one answer that took `seconds`, or did not come within."""
-        old = self.value(now)
-        if seconds >= old:
-            self._seconds = seconds
-        else:
-            weight = math.exp(-(now - self._at) / PEAK_DECAY_S)
-            self._seconds = self._seconds * weight + seconds * (1 - weight)
+        weight = math.exp(-(now - self._at) / PEAK_DECAY_S)  # 0 before the first answer
+        old = self._seconds * weight
+        self._seconds = seconds if seconds >= old else old + seconds * (1 - weight)
         self._at = now
 
     def value(self, now: float) -> float:

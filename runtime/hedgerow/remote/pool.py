@@ -82,8 +82,9 @@ class Pool:
         """Why none can be asked, in words; empty if one can."""
         if not self.endpoints:
             return "no address is known"
-        if any(not one.open for one in self.endpoints):
-            return ""
+        for one in self.endpoints:  # not any(): this is asked for each request, and the first one is usually well
+            if not one.open:
+                return ""
         return f"circuit open: {'; '.join(dict.fromkeys(one.breaker.reason for one in self.endpoints))}"
 
     def choose(self, avoid: Container[Endpoint] = ()) -> Endpoint | None:

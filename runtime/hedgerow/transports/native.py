@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Final
 
@@ -31,7 +31,7 @@ from hedgerow.http2.connection import Code, Stream
 from hedgerow.http2.grpc import MessageReader, frame_message, quote
 from hedgerow.http2.headers import header_block
 from hedgerow.http2.heads import Head, read_head
-from hedgerow.http2.sockets import SocketConnection
+from hedgerow.http2.sockets import SocketConnection, new_space
 from hedgerow.identity import name_of_peer
 from hedgerow.lifecycle import InFlight
 from hedgerow.rpc import Method, Methods
@@ -75,6 +75,8 @@ class NativeListener:
         self.buffered = 0
         """Bytes of messages that are not all there."""
         self.connections: set[_Connection] = set()
+        self.space = new_space()
+        """For the connections to read into."""
         self._left = asyncio.Event()
         self._server: asyncio.Server | None = None
 
@@ -202,6 +204,7 @@ class _Connection(SocketConnection[_Stream, Head]):
         convert = partial(read_head, listener.settings.compression)
         super().__init__(client=False, convert=convert, max_streams=MAX_STREAMS, wake=self._wake_up)
         self._listener = listener
+        self._space = listener.space
         self._loop = loop
         self._starting: list[tuple[_Stream, bytes | AsyncIterator[bytes]]] = []
         self.peer = ""
@@ -210,7 +213,7 @@ class _Connection(SocketConnection[_Stream, Head]):
     # The socket's side.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See `asyncio.Protocol`."""
+        """See `asyncio.BufferedProtocol`."""
         super().connection_made(transport)
         self.peer = name_of_peer(transport.get_extra_info("peercert"))
         if len(self._listener.connections) >= self._listener.settings.max_connections:
@@ -219,9 +222,9 @@ class _Connection(SocketConnection[_Stream, Head]):
         self._listener.connections.add(self)
         self._timer = self._loop.call_later(HANDSHAKE_S, self._look)
 
-    def data_received(self, data: bytes) -> None:
-        """See `asyncio.Protocol`."""
-        super().data_received(data)
+    def buffer_updated(self, size: int) -> None:
+        """See `asyncio.BufferedProtocol`."""
+        super().buffer_updated(size)
         starting, self._starting = self._starting, []
         for stream, received in starting:
             if not stream.finished and stream.id in self.streams:
@@ -229,7 +232,7 @@ class _Connection(SocketConnection[_Stream, Head]):
                 stream.task = self._loop.create_task(self._run(stream, received))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """See `asyncio.Protocol`."""
+        """See `asyncio.BufferedProtocol`."""
         super().connection_lost(error)
         self._listener.forget(self)
 
@@ -281,12 +284,12 @@ class _Connection(SocketConnection[_Stream, Head]):
     def on_headers(self, stream: _Stream, headers: Head) -> None:
         """See `Connection`: trailers of a caller mean nothing in gRPC."""
 
-    def on_data(self, stream: _Stream, part: bytes | memoryview) -> None:
+    def on_data(self, stream: _Stream, parts: Sequence[bytes | memoryview], size: int) -> None:
         """See `Connection`."""
         stream.moved = True
         listener = self._listener
         try:
-            messages = stream.reader.feed(part)
+            messages = stream.reader.feed(parts, size)
             held = stream.reader.held
             if held or stream.buffered:
                 listener.buffered += held - stream.buffered
@@ -299,9 +302,9 @@ class _Connection(SocketConnection[_Stream, Head]):
             self._refuse(stream, error)
             return
         if stream.messages is None or stream.messages.empty():
-            self.grant(stream, len(part))
+            self.grant(stream, size)
         else:
-            stream.withheld += len(part)
+            stream.withheld += size
 
     def _take_message(self, stream: _Stream, message: bytes) -> None:
         if stream.messages is not None:

@@ -2,7 +2,7 @@
 
 On the prepared bytes of `serving.senders`. It does what real clients do: says `grpc-timeout` with each call, gives up
 at its deadline with RST_STREAM, and reads what the trailers say. What the server has no room for, by its limit of
-streams or because the connection is full, waits here, and is given up here without ever being sent.
+streams or because the connection is full, waits here; if it does so until its deadline, it is never sent.
 """
 
 import struct
@@ -22,10 +22,12 @@ MAX_BLOCKS = 4096
 RESET = -1
 """In place of a status: the server reset the stream, or the connection was lost."""
 GAVE_UP = -2
-"""In place of a status: nothing had come by the deadline."""
+"""In place of a status: it was sent, and nothing had come by the deadline."""
+HELD = -3
+"""In place of a status: the server had no room for it until the deadline, and it was never sent."""
 
 Ended = Callable[[int, bytes | None], None]
-"""Called with the gRPC status, or `RESET` or `GAVE_UP`, and the answer's body if there is one."""
+"""Called with the gRPC status, or `RESET`, `GAVE_UP` or `HELD`, and the answer's body if there is one."""
 
 
 class Calls(Http2):
@@ -66,9 +68,9 @@ class Calls(Http2):
         self._send_held()
 
     def give_up(self, now: float) -> None:
-        """Cancel the calls whose deadline has passed."""
+        """End the calls whose deadline has passed: cancelled where they were sent."""
         while self._held and self._held[0][0] <= now:
-            self._held.popleft()[1](GAVE_UP, None)
+            self._held.popleft()[1](HELD, None)
         due = self._due
         while due and due[0][0] <= now:
             stream = due.popleft()[1]
@@ -79,6 +81,7 @@ class Calls(Http2):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._ending = RESET
+        self._full = False  # nobody resumes a connection that is lost
         super().connection_lost(exc)
         self._send_held()
 

@@ -23,9 +23,9 @@ from bench.serving.wire import WIRES
 
 WIRE = WIRES["grpc"]
 LOOK_S = 0.002
-"""How often calls past their deadline are looked for."""
+"""How often calls past their deadline are looked for, and calls sent where all end at once."""
 MAX_INFLIGHT = 8000
-"""More are not sent, and counted: the generator must not die of its own load."""
+"""More are not sent, and counted as unsent: the generator must not die of its own load."""
 MAX_BURST = 64
 """Calls that are sent late in one go, before answers are read again."""
 MAX_ANSWERS = 1000
@@ -81,10 +81,11 @@ class Generator:
         """`inflight` calls at any time."""
         phase = self._begun(f"{inflight} in flight")
         while time.monotonic() < phase.started + self._order.closed_s:
-            while self._inflight < inflight:
+            for _ in range(inflight - self._inflight):
                 self._send(phase)
             self._ended.clear()
-            await self._ended.wait()
+            # Where the connections are lost, calls end as they are sent, and none is left to wait for.
+            await (self._ended.wait() if self._inflight else asyncio.sleep(LOOK_S))
         self._over(phase)
         await self._drained()
         return phase

@@ -1,4 +1,4 @@
-"""What calls came to: good, late, wrong, refused; and the figures of a phase. Pure."""
+"""What calls came to: good, late, wrong, refused, held; and the figures of a phase. Pure."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -7,27 +7,27 @@ from typing import Any
 
 import grpc
 import numpy as np
-from bench.overload.calls import GAVE_UP, RESET
+from bench.overload.calls import GAVE_UP, HELD, RESET
 
 OK = 0
 NAMES: Mapping[int, str] = {
     **{status.value[0]: status.name for status in grpc.StatusCode},
     RESET: "reset",
     GAVE_UP: "gave up",
+    HELD: "held",
 }
 REFUSALS = frozenset({"RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"})
-"""What a server may say that has too much to do. Said at the deadline or after it, it was no refusal: see `LATE`."""
-LATE = "refused too late"
-"""A status of `REFUSALS` that came when nobody could do anything else any more: the call had been accepted."""
+"""What a server may say that has too much to do. Said later than `IN_TIME`, it is no refusal but `LATE`."""
 IN_TIME = 0.5
-"""The share of the deadline within which a refusal must come to be one."""
+"""The share of the deadline within which a refusal must come to be one: so much is left to do something else in."""
+LATE = "refused too late"
 FIRST_S = 2.0
 """Of a phase: what is good in it tells how soon a server recovers."""
 
 
 @dataclass(slots=True)
 class Phase:
-    """The calls that were sent in one phase. Times in seconds."""
+    """The calls of one phase. Times in seconds."""
 
     name: str
     offered: float
@@ -37,8 +37,9 @@ class Phase:
     seconds: float = 0.0
     lags: list[float] = field(default_factory=list)
     ends: list[tuple[float, int, float, bytes | None]] = field(default_factory=list)
-    """Of each call: when it was sent after the phase began, its status, how long it took, its answer."""
+    """Of each call: when it was made after the phase began, its status, how long it took, its answer."""
     unsent: int = 0
+    """Calls that were due and not made: the generator had too many open."""
     cpu_s: float = 0.0
     """Of the generator."""
 
@@ -59,7 +60,7 @@ def report(phase: Phase, deadline_s: float, right: Callable[[bytes], bool]) -> d
         "phase": phase.name,
         "offered": phase.offered,
         "seconds": phase.seconds,
-        "sent": len(phase.ends) / phase.seconds,
+        "sent": (len(phase.ends) - counts[NAMES[HELD]]) / phase.seconds,
         "goodput": counts["good"] / phase.seconds,
         "first": {"sent": first_sent, "good": first_good},
         "outcomes": dict(counts.most_common()),

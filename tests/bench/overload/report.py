@@ -15,10 +15,10 @@ GOAL_REFUSAL_MS = 5.0
 OVER = "5x"
 AFTER = "0.5x"
 TOO_LATE = ("late", LATE, "gave up")
-"""Outcomes of calls that were accepted and not answered in time."""
+"""Outcomes of calls that the server got, and neither refused in time nor answered in time."""
 COLUMNS = (
-    *("server", "peak/s", "load", "sent/s", "good/s", "of peak", "refused p50 / p99 ms", "too late", "good p99 ms"),
-    *("server CPU s/s", "generator CPU s/s", "lag p50 / p99 ms"),
+    *("server", "peak/s", "load", "sent/s", "good/s", "of peak", "refused p50 / p99 ms", "too late", "held", "unsent"),
+    *("good p99 ms", "server CPU s/s", "generator CPU s/s", "lag p50 / p99 ms"),
 )
 
 Phases = Sequence[Mapping[str, Any]]
@@ -37,8 +37,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         "Good: right, and within it. The peak is the best goodput of closed loops of the same calls;",
         "loads are Poisson, in multiples of it.",
         f"A refusal is a status that says so within {IN_TIME:.0%} of the deadline; its time",
-        "is the client's, from sending. Too late: accepted, and no good answer by the deadline.",
-        "Lag: how late the generator sent.",
+        "is the client's, from sending. Too late: sent, and neither refused by then nor answered by the deadline.",
+        "Held: never sent, as the server's limit of streams, or a full connection, left no room by the deadline.",
+        "Unsent: never sent either, as the generator had too many calls open. These are shares of the calls that",
+        "were due; sent/s has neither of the two. Lag: how late the generator sent.",
         "Medians of the rounds; p99s are of all calls of a round.",
     ]
     for model in dict.fromkeys(run["model"] for run in results["runs"]):
@@ -61,8 +63,9 @@ def _table(runs: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> list
             phases = [_phase(run, load) for run in ours]
             peak = statistics.median(_peak(run) for run in ours)
             share = statistics.median(_share(run, load) for run in ours)
-            late = sum(phase["outcomes"].get(name, 0) for phase in phases for name in TOO_LATE)
-            sent = sum(sum(phase["outcomes"].values()) for phase in phases)
+            counts = sum((Counter(phase["outcomes"]) for phase in phases), Counter())
+            unsent = sum(phase["unsent"] for phase in phases)
+            due = counts.total() + unsent
             cells = [
                 title,
                 f"{peak:,.0f}",
@@ -71,7 +74,9 @@ def _table(runs: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> list
                 f"{_median(phases, 'goodput'):,.0f}",
                 f"{share:.0%}",
                 _pair(phases, "refused_ms"),
-                f"{late / sent:.2%}",
+                f"{sum(counts[name] for name in TOO_LATE) / due:.2%}",
+                f"{counts['held'] / due:.2%}",
+                f"{unsent / due:.2%}",
                 _pair(phases, "good_ms").rpartition(" ")[2],
                 f"{_per_s(phases):.2f}",
                 f"{_median(phases, 'generator_cpu'):.2f}",

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -106,13 +107,17 @@ def _generated(order: Order, server: Process) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "bench.overload.generator", json.dumps(asdict(order))]
     limit_s = len(order.inflight) * order.closed_s + sum(seconds for _, seconds in order.factors) + GRACE_S
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(PYTHONPATH=str(TESTS))) as child:
+        timer = threading.Timer(limit_s, child.kill)
+        timer.start()
         try:
-            costs, phases = _followed(child, server)
-            child.wait(limit_s)
+            costs, printed = _followed(child, server)
+            child.wait()
         finally:
+            timer.cancel()
             child.kill()
-    if child.returncode or not phases:
-        raise LoadFailure(f"the generator ended with {child.returncode}")
+    if child.returncode:
+        raise LoadFailure(f"the generator ended with {child.returncode}; it may run for {limit_s:g} s")
+    phases: list[dict[str, Any]] = json.loads(printed)
     if len(phases) == len(order.inflight):
         raise LoadFailure(f"no call was answered within {order.deadline_s:g} s, in any of the closed loops")
     for phase, cpu_s in zip(phases, costs, strict=True):
@@ -122,15 +127,14 @@ def _generated(order: Order, server: Process) -> list[dict[str, Any]]:
     return phases
 
 
-def _followed(child: "subprocess.Popen[str]", server: Process) -> tuple[list[float], list[dict[str, Any]]]:
-    """The server's CPU seconds in each phase, and the reports."""
-    marks, phases = [], []
+def _followed(child: "subprocess.Popen[str]", server: Process) -> tuple[list[float], str]:
+    """The server's CPU seconds in each phase, and the last line: the reports, if the child ended well."""
+    marks, last = [], ""
     assert child.stdout is not None
     for line in child.stdout:
         marks.append(server.cpu_s())
-        if line.startswith("["):
-            phases = json.loads(line)
-    return [after - before for before, after in pairwise(marks)], phases
+        last = line
+    return [after - before for before, after in pairwise(marks)], last
 
 
 def _slowed(command: Command, at: Place, kind: Kind, deadline_s: float) -> Command:

@@ -19,6 +19,7 @@ COLUMNS = (
 def markdown(results: Mapping[str, Any]) -> str:
     """The whole report."""
     minutes: Minutes = results["minutes"]
+    besides = results.get("failures_besides", 0)  # older results have none
     lines = [
         "# A soak",
         "",
@@ -31,7 +32,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
         "| rule | outcome | figures |",
         "|---|---|---|",
-        *(f"| {one.rule} | {_bold(one.outcome)} | {one.figures} |" for one in findings(minutes)),
+        *(f"| {one.rule} | {_bold(one.outcome)} | {one.figures} |" for one in findings(minutes, besides)),
         "",
         "## Minute by minute",
         "",

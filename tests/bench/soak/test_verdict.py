@@ -1,10 +1,17 @@
 """A soak that leaks, slows down or fails must not pass for one that held."""
 
+import json
 import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from bench.soak.__main__ import main
 from bench.soak.report import MEMORY, markdown
+from bench.soak.tally import EXAMPLES, Tally
+from bench.soak.upsets import Upsets
 from bench.soak.verdict import MAX_SLOPE_MB_H, TIMED, findings, theil_sen
 
 MINUTES = 40
@@ -87,6 +94,22 @@ def test_one_failure_is_enough() -> None:
     assert outcome(minutes(failures=lambda number: number == 7), "fails") == "broken"
 
 
+def test_a_failure_that_no_minute_counts_is_enough_too() -> None:
+    assert "broken" in {one.outcome for one in findings(minutes(), failures_besides=1)}
+
+
+def test_a_soak_without_a_minute_has_not_held() -> None:
+    assert "held" not in outcomes([])
+
+
+def test_many_failures_of_one_kind_do_not_keep_another_from_the_page() -> None:
+    tally = Tally()
+    for _ in range(100):
+        tally.failed("sure", "UNAVAILABLE: gone")
+    tally.failed("the agent", "it is gone")
+    assert tally.failures == [*["sure: UNAVAILABLE: gone"] * EXAMPLES, "the agent: it is gone"]
+
+
 def test_requests_that_could_not_be_sent_leave_the_soak_unproved() -> None:
     assert outcome(minutes(unsent=lambda number: number == 7), "fails") == "not shown"
 
@@ -105,18 +128,49 @@ def test_the_slope_is_that_of_the_line_and_its_interval_holds_it() -> None:
     assert slope.middle == pytest.approx(5, abs=0.5)
 
 
+def results(soak: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    command = {"command": "scripts/bench soak", "started": "2026-01-01", "rate": 150, "machine": "a machine"}
+    return {**command, "minutes": soak, "failures": ["sure: UNAVAILABLE: gone"], **more}
+
+
 def test_the_page_says_what_broke_and_what_failed_first() -> None:
-    soak = minutes(failures=lambda number: number == 7)
-    page = markdown(
-        {
-            "command": "scripts/bench soak",
-            "started": "2026-01-01",
-            "rate": 150,
-            "machine": "a machine",
-            "minutes": soak,
-            "failures": ["sure: UNAVAILABLE: gone"],
-        }
-    )
+    page = markdown(results(minutes(failures=lambda number: number == 7)))
     assert "| **broken** | 1 failures" in page
     assert "- sure: UNAVAILABLE: gone" in page
     assert len([line for line in page.splitlines() if line.startswith("| 40 |")]) == 1
+
+
+def test_the_page_counts_what_failed_after_the_last_minute() -> None:
+    assert "| **broken** | 3 failures" in markdown(results(minutes(), failures_besides=3))
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """What is done at SIGTERM is the same after the test."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("signals")
+def test_an_agent_that_dies_before_the_first_minute_is_over_fails_the_soak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def kill(upsets: Upsets) -> None:
+        await upsets._stage.agent.kill()
+
+    monkeypatch.setattr(Upsets, "run", kill)
+    assert main(["--minutes", "1", "--rate", "5", "--cache", str(tmp_path)]) == 1
+    saved = json.loads((tmp_path / "soak.json").read_text())
+    assert not saved["minutes"]
+    assert saved["failures_besides"] > 0
+    page = (tmp_path / "soak.md").read_text()
+    assert "- the agent: it is gone" in page
+    assert "| held |" not in page
+
+
+@pytest.mark.parametrize("minutes", ["0.4", "0", "-1"])
+def test_less_than_a_minute_is_no_soak(minutes: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--minutes", minutes, "--cache", str(tmp_path)])
+    assert caught.value.code == 2

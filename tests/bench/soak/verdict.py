@@ -7,7 +7,7 @@
   The least, because callers come and go.
 - **Latency**: the median of the calm minutes' p99 in the last third is at most `MAX_P99_RATIO` times that of the first.
   Calm: the generator itself was on time (`CALM_MOOD_MS`, `CALM_LAG_MS`). With too few calm minutes it is not shown.
-- **Failures**: none that should not be.
+- **Failures**: none that should not be, be it in a minute that did not come to its end, or at the end.
 
 The first minute warms up and counts for failures only.
 """
@@ -64,11 +64,11 @@ def theil_sen(xs: Sequence[float], ys: Sequence[float]) -> Slope:
     return Slope(statistics.median(slopes), slopes[max(low, 0)], slopes[min(high, pairs - 1)])
 
 
-def findings(minutes: Minutes) -> list[Finding]:
-    """What each rule says."""
+def findings(minutes: Minutes, failures_besides: int = 0) -> list[Finding]:
+    """What each rule says. `failures_besides`: those that no minute counts."""
     counted = minutes[1:]
     enough = len(counted) >= MIN_MINUTES
-    found = [_failures(minutes)]
+    found = [_failures(minutes, failures_besides)]
     if not enough:
         return [*found, Finding("all others", "not shown", f"{len(counted)} minutes are too few")]
     third = len(counted) // 3
@@ -79,9 +79,10 @@ def findings(minutes: Minutes) -> list[Finding]:
     return found
 
 
-def _failures(minutes: Minutes) -> Finding:
+def _failures(minutes: Minutes, besides: int) -> Finding:
     failures, unsent = (sum(minute[name] for minute in minutes) for name in ("failures", "unsent"))
-    outcome = "broken" if failures else "not shown" if unsent else "held"
+    failures += besides
+    outcome = "broken" if failures else "not shown" if unsent or not minutes else "held"
     return Finding("nothing fails that should not", outcome, f"{failures} failures, {unsent} requests not sent")
 
 
