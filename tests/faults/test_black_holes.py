@@ -27,21 +27,10 @@ from hedgerow.server import Server
 from hedgerow.tensors import InferResponse
 from hedgerow.transports import native
 
-LONG_S = 60.0
 NEVER_S = 600.0
 DEADLINE_S = 3.0
-SETTINGS = RemoteSettings(
-    connect_timeout_s=1.0,
-    probe_timeout_s=1.0,
-    probe_min_s=0.02,
-    probe_max_s=0.1,
-    heartbeat_s=0.2,
-    timeout_s=LONG_S,
-    retry_share=1.0,
-    retry_burst=1000,
-    zone="near",
-)
-PATIENT = msgspec.structs.replace(SETTINGS, connect_timeout_s=LONG_S, probe_timeout_s=LONG_S)
+SETTINGS = msgspec.structs.replace(clouds.SETTINGS, connect_timeout_s=1.0, probe_timeout_s=1.0)
+PATIENT = msgspec.structs.replace(SETTINGS, connect_timeout_s=clouds.LONG_S, probe_timeout_s=clouds.LONG_S)
 REQUEST = models.request(models.pixels(3))
 IN_CLOUD = replace(REQUEST, model=clouds.MODEL)
 
@@ -71,13 +60,13 @@ async def routed(
     remote = await stack.enter_async_context(RemoteBackend("cloud", target, settings))
     router = Router({"digits": Route(model="digits", edge=host, cloud=remote, cloud_model=clouds.MODEL)})
     router.set_gate("digits", "1", Gate(threshold=1.1), None)
-    async with asyncio.timeout(LONG_S):
+    async with asyncio.timeout(clouds.LONG_S):
         while await tier(router) != "cloud":
             pass
     return router, remote
 
 
-async def ask(router: Router, seconds: float = LONG_S) -> InferResponse:
+async def ask(router: Router, seconds: float = clouds.LONG_S) -> InferResponse:
     response = await router.infer(REQUEST, Deadline.after(seconds))
     assert response.output("logits").argmax() == 3
     return response
@@ -130,13 +119,13 @@ async def test_one_of_two_in_a_hole_costs_a_few_requests_where_nobody_else_looks
     settings = msgspec.structs.replace(SETTINGS, timeout_s=2.0, heartbeat_s=NEVER_S)
     remote = await stack.enter_async_context(RemoteBackend("cloud", targets, settings))
     for _ in range(20):
-        await remote.infer(IN_CLOUD, Deadline.after(LONG_S))
+        await remote.infer(IN_CLOUD, Deadline.after(clouds.LONG_S))
     assert near.asked == 20
     hole.loss = 1.0
     lost = 0
     for _ in range(20):
         try:
-            await remote.infer(IN_CLOUD, Deadline.after(LONG_S))
+            await remote.infer(IN_CLOUD, Deadline.after(clouds.LONG_S))
         except HedgerowError:
             lost += 1
     hole.loss = 0.0
@@ -150,10 +139,10 @@ async def test_one_of_two_in_a_hole_costs_nobody_an_answer_where_requests_are_he
     settings = msgspec.structs.replace(SETTINGS, hedge_after_quantile=0.9, hedge_share=1.0)
     remote = await stack.enter_async_context(RemoteBackend("cloud", targets, settings))
     for _ in range(20):
-        await remote.infer(IN_CLOUD, Deadline.after(LONG_S))
+        await remote.infer(IN_CLOUD, Deadline.after(clouds.LONG_S))
     hole.loss = 1.0
     for _ in range(20):
-        await remote.infer(IN_CLOUD, Deadline.after(LONG_S))
+        await remote.infer(IN_CLOUD, Deadline.after(clouds.LONG_S))
     await until(lambda: remote._pool.endpoints[0].open)
 
 

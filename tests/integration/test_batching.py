@@ -14,6 +14,7 @@ import pytest
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from simulators import models
+from simulators.places import until
 
 from hedgerow import engines
 from hedgerow.alarms import STALE
@@ -127,12 +128,6 @@ def served(host: ModelHost, model: str = "puppet") -> Staged:
     serving = host.serving(model)
     assert serving is not None
     return serving
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not holds():  # noqa: ASYNC110 (nobody tells)
-            await asyncio.sleep(0.001)
 
 
 async def test_what_waits_runs_together_and_everybody_gets_their_own_rows(start: Start, puppet: Puppet) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import msgspec
@@ -29,7 +30,8 @@ from hedgerow.errors import (
     Overloaded,
     Unavailable,
 )
-from hedgerow.host.model_host import BatchSettings, HostSettings, ModelFile, ModelHost, Staged
+from hedgerow.host.model_host import MEMORY_FACTOR, BatchSettings, HostSettings, ModelFile, ModelHost, Staged
+from hedgerow.host.pace import PROOF_RUNS
 from hedgerow.isolation.session import IsolationSettings
 from hedgerow.tensors import InferRequest, InferResponse, tensor
 
@@ -42,6 +44,7 @@ def engine(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+PATIENCE_S = 60.0
 ONE_BY_ONE = HostSettings(workers=1, queue_size=4, batching=BatchSettings(max_batch_size=1))
 """What runs together is the subject of test_batching."""
 
@@ -485,3 +488,33 @@ async def test_what_makes_room_is_closed_before_what_needs_it_is_opened(puppets:
         (tmp_path / "let").touch()
     assert (tmp_path / "opened").exists()
     await host.close()
+
+
+async def test_requests_without_rows_prove_nothing_and_keep_nobody_from_being_answered(
+    stack: AsyncExitStack, tmp_path: Path
+) -> None:
+    host = ModelHost()
+    stack.push_async_callback(host.close)
+    await host.load_file(file(models.classifier(tmp_path / "1.onnx")))
+    for _ in range(2 * PROOF_RUNS):
+        empty = await host.infer(models.request(np.zeros((0, 64), np.float32)), Deadline.after(PATIENCE_S))
+        assert empty.outputs[0].shape[0] == 0
+    answer = await host.infer(models.request(models.pixels(3)), Deadline.after(PATIENCE_S))
+    assert answer.output("logits").argmax() == 3
+
+
+async def test_a_model_for_which_there_can_be_no_room_costs_no_other_its_place(
+    stack: AsyncExitStack, tmp_path: Path
+) -> None:
+    small = models.classifier(tmp_path / "small.onnx")
+    need = int(MEMORY_FACTOR * small.stat().st_size)
+    host = ModelHost(HostSettings(memory_budget_bytes=3 * need))
+    stack.push_async_callback(host.close)
+    await host.load_file(dataclasses.replace(file(small), model="pinned", pinned=True))
+    await host.load_file(dataclasses.replace(file(small), model="idle"))
+    large = tmp_path / "large.onnx"
+    large.write_bytes(small.read_bytes() + bytes(int(1.5 * small.stat().st_size)))
+    with pytest.raises(ModelNotReady, match="no room"):
+        await host.load_file(dataclasses.replace(file(large), model="large"))
+    assert host.snapshot("idle").reason == ""
+    assert "idle" in host._serving

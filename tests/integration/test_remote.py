@@ -15,7 +15,7 @@ import pytest
 from msgspec.structs import replace
 from simulators import cloud as clouds
 from simulators import models
-from simulators.cloud import MODEL, Cloud
+from simulators.cloud import LONG_S, MODEL, SETTINGS, Cloud
 from simulators.foreign import Context, Foreign, refuses, says
 from simulators.places import until
 
@@ -35,25 +35,13 @@ from hedgerow.errors import (
     Unavailable,
 )
 from hedgerow.proto import oip_pb2
-from hedgerow.remote.backend import RemoteBackend, RemoteSettings, Target
+from hedgerow.remote.backend import RemoteBackend, Target
 from hedgerow.remote.balancing import FAULTS_TO_EJECT
 from hedgerow.remote.known import MAX_KNOWN_MODELS
 from hedgerow.remote.limits import WINDOW
 from hedgerow.server import Server
 from hedgerow.tensors import InferRequest, InferResponse, Origin
 
-LONG_S = 60.0
-SETTINGS = RemoteSettings(
-    connect_timeout_s=5,
-    probe_timeout_s=5,
-    probe_min_s=0.02,
-    probe_max_s=0.1,
-    heartbeat_s=0.2,
-    timeout_s=LONG_S,
-    retry_share=1.0,
-    retry_burst=1000,
-    zone="near",
-)
 REQUEST = replace(models.request(models.pixels(3)), model=MODEL)
 ANSWER = oip_pb2.ModelInferResponse(model_name=MODEL, model_version="7")
 

@@ -7,7 +7,6 @@ import math
 import re
 import socket
 import time
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from msgspec.structs import replace
 from onnx import TensorProto
 from simulators import models
 from simulators.cloud import MODEL, Cloud
+from simulators.places import until
 
 from hedgerow.backend import Deadline
 from hedgerow.errors import (
@@ -49,6 +49,7 @@ REMOTE = RemoteSettings(
     connect_timeout_s=0.5, probe_timeout_s=0.5, probe_min_s=0.02, probe_max_s=0.1, heartbeat_s=0.2, timeout_s=5
 )
 SOON_S = 10.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture
@@ -95,12 +96,6 @@ async def infer(router: Router, request: InferRequest, seconds: float = SOON_S) 
     assert isinstance(response.parameters[REASON], str)
     assert response.parameters[REASON]
     return response
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(SOON_S):
-        while not condition():  # noqa: ASYNC110 (what is waited for has no event)
-            await asyncio.sleep(0.005)
 
 
 def guarantee(*, student: str, teacher: str = "t" * 64) -> Guarantee:
@@ -687,3 +682,37 @@ async def test_a_watcher_learns_of_another_model_in_the_cloud(
     async with Cloud(port=first.port, sha256="b" * 64):
         await until(lambda: remote.snapshot(MODEL).healthy)
         assert (await remote.metadata(MODEL)).properties["sha256"] == "b" * 64
+
+
+async def test_another_teacher_ends_what_was_found_of_the_gate(stack: AsyncExitStack, host: ModelHost) -> None:
+    digest = (await host.metadata("digits")).properties["sha256"]
+    async with Cloud(sha256="t" * 64) as first:
+        router, remote = await routed(stack, host, first.target)
+        await heard(remote)
+        router.set_gate("digits", "1", None, guarantee(student=digest))
+        assert (await infer(router, ask(strength=SURE))).parameters[TIER] == "edge"
+    async with Cloud(port=first.port, sha256="u" * 64), asyncio.timeout(PATIENCE_S):
+        while "the teacher's digest" not in (said := str((await infer(router, ask(strength=SURE))).parameters[REASON])):
+            assert "confidence" in said
+            await asyncio.sleep(0.02)  # polls: until the remote has heard of it, the old word counts
+
+
+async def test_an_answer_of_another_file_under_the_same_version_is_not_judged_by_the_old_ones_guarantee(
+    stack: AsyncExitStack, tmp_path: Path
+) -> None:
+    class Replacing(ModelHost):
+        """Has another file answer than the one that is there when the request sets out."""
+
+        async def infer(self, request: InferRequest, deadline: Deadline) -> InferResponse:
+            await self.load_file(ModelFile("digits", "1", models.classifier(tmp_path / "new.onnx", shift=1)))
+            return await super().infer(request, deadline)
+
+    host = Replacing()
+    stack.push_async_callback(host.close)
+    await host.load_file(ModelFile("digits", "1", models.classifier(tmp_path / "old.onnx"), precision="fp32"))
+    router, _ = await routed(stack, host, None)
+    digest = (await host.metadata("digits")).properties["sha256"]
+    router.set_gate("digits", "1", None, guarantee(student=digest))
+    response = await infer(router, ask(strength=SURE))
+    assert response.parameters[DEGRADED] is True
+    assert "the student's digest" in str(response.parameters[REASON])

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from hedgerow.config import ServerSettings
 from hedgerow.function import FunctionBackend, FunctionModel
+from hedgerow.remote.settings import RemoteSettings
 from hedgerow.server import Server
 from hedgerow.tensors import ModelMetadata, TensorSpec
 
@@ -22,6 +23,19 @@ MODEL = "digits-large"
 SHARPNESS = 20.0
 """The winning logit: the cloud is always sure."""
 START_S = 90.0
+LONG_S = 60.0
+SETTINGS = RemoteSettings(
+    connect_timeout_s=5,
+    probe_timeout_s=5,
+    probe_min_s=0.02,
+    probe_max_s=0.1,
+    heartbeat_s=0.2,
+    timeout_s=LONG_S,
+    retry_share=1.0,
+    retry_burst=1000,
+    zone="near",
+)
+"""For a remote that a test has go and come back."""
 
 
 class Cloud:

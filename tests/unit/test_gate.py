@@ -154,6 +154,11 @@ def test_a_guarantee_binds_what_it_was_measured_on_and_nothing_else(
     assert bool(problem) is bool(word)
 
 
+def test_answers_of_a_run_without_rows_claim_nothing() -> None:
+    empty = np.zeros((0, 10), np.float32)
+    assert confidence(GATE, replace(answer(empty), run=Run({"logits": empty}))) == 0
+
+
 @given(LOGITS, st.data())
 def test_an_answer_scores_the_same_alone_and_among_those_of_its_run(
     logits: NDArray[np.float32], data: st.DataObject

@@ -168,7 +168,7 @@ def test_messages_that_come_frame_by_frame_in_turns_are_not_mixed_up(sizes: list
         assert (call.data, call.whole) == (bytes([number]) * size, True)
 
 
-def test_large_answers_share_what_is_sent() -> None:
+def test_the_answer_with_the_least_left_is_whole_first_and_none_starves() -> None:
     side = Side()
     peer = Peer(side)
     identities = range(1, 41, 2)
@@ -179,9 +179,13 @@ def test_large_answers_share_what_is_sent() -> None:
         peer.h2.increment_flow_control_window(2**20, identity)
     peer.exchange()
     for identity in identities:
-        side.send(side.calls[identity], ANSWER, bytes(2**19), TRAILERS)
-    for _ in range(4):  # far from what one of them has
+        side.send(side.calls[identity], ANSWER, bytes(2**18 if identity == 39 else 2**19), TRAILERS)
+    for _ in range(2):
         assert len(side.take()) < 2 * http2.BURST_BYTES
+    assert side.calls[39].finished
+    assert sum(call.finished for call in side.calls.values()) == 1
+    for _ in identities:  # one a turn
+        side.take()
     assert all(side.calls[identity].unsent_bytes < 2**19 for identity in identities)
 
 

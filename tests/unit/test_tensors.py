@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2, service_pb2
 
+from hedgerow import messages
 from hedgerow.errors import EngineFault, HedgerowError, InvalidInput, Unsupported
 from hedgerow.messages import (
     classified,
@@ -362,3 +363,11 @@ def test_every_field_that_we_declare_is_the_published_one() -> None:
         assert (method.input_type.full_name, method.client_streaming, method.output_type.full_name) == (
             other.input_type.full_name, other.client_streaming, other.output_type.full_name
         )  # fmt: skip
+
+
+def test_a_shape_that_is_refused_is_not_kept() -> None:
+    before = messages._elements.cache_info().currsize
+    one = oip_pb2.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1] * 10_000)
+    with pytest.raises(InvalidInput, match="at most 32 dimensions, got 10000"):
+        request_from_proto(oip_pb2.ModelInferRequest(model_name="m", inputs=[one], raw_input_contents=[bytes(4)]))
+    assert messages._elements.cache_info().currsize == before

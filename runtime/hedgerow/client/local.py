@@ -264,7 +264,7 @@ def _public_errors(deadline: Deadline) -> Iterator[None]:
 @contextmanager
 def _logged(request: InferRequest) -> Iterator[None]:
     """What is logged meanwhile names `request`."""
-    token = REQUEST.set(request)
+    token = REQUEST.set(replace(request, inputs=()))  # timers keep the context of who began them
     try:
         yield
     finally:

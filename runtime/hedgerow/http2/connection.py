@@ -6,7 +6,8 @@ those that came, `take` gives those to be sent, `wake` is called when there are 
 - a fault of the other side that spoils the connection raises `ConnectionFault` out of `feed`, after which the
   connection only has its last words to say; one that spoils a stream resets that stream and nothing else;
 - nothing is held for the other side beyond the windows that it was granted, one header block, and what is to be sent;
-- data is sent as far as the other side's windows reach, streams taking turns; the rest waits in its stream;
+- data is sent as far as the other side's windows reach, the rest waits in its stream. A message is of use
+  when it is whole: half of what is sent goes to the stream that has the least left, for the rest they take turns;
 - the other side's pings and settings are answered; too many answers that are not being read are a fault.
 """
 
@@ -15,6 +16,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from operator import attrgetter
 from typing import Final, Generic, TypeVar
 
 from hedgerow.http2.headers import MAX_LIST_BYTES, TABLE_BYTES, HeaderFault, HeaderReader, Pair
@@ -34,7 +36,7 @@ CONNECTION_WINDOW = 16 * 2**20
 MAX_ANSWERS = 1000
 """Answers to pings and settings that may wait to be sent."""
 BURST_BYTES = 2**18
-"""What is taken from streams for sending at a time, so that little is copied ahead; they share it."""
+"""What is taken from streams for sending at a time, so that little is copied ahead; two share it."""
 
 _HEAD = struct.Struct(">HBBBI")
 _SETTING = struct.Struct(">HI")
@@ -483,11 +485,9 @@ class Connection(Generic[S, H]):
             ready = [stream for stream in self._sending.values() if self._sendable(stream)]
             if not ready:
                 break
-            share = max(left // len(ready), DEFAULT_FRAME_BYTES)
-            for stream in ready:
-                left -= self._send_some(stream, share, out)
-                if left <= 0:
-                    break
+            # Taking turns alone, all would be whole at the end, and be held by both sides until then.
+            for stream in {min(ready, key=_unsent_bytes): None, ready[0]: None}:
+                left -= self._send_some(stream, BURST_BYTES // 2, out)
         return b"".join(out)
 
     def _sendable(self, stream: S) -> bool:
@@ -602,6 +602,9 @@ class Connection(Generic[S, H]):
         seen = MAX_WINDOW if code is Code.NO_ERROR and not self._client else self._last_id
         self._out.append(_frame(GOAWAY, 0, 0, _UINT32.pack(seen) + _UINT32.pack(code) + text.encode()[:200]))
         self._wake()
+
+
+_unsent_bytes: Final = attrgetter("unsent_bytes")
 
 
 def _frame(kind: int, flags: int, identity: int, payload: bytes) -> bytes:
