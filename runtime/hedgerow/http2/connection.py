@@ -590,6 +590,12 @@ class Connection(Generic[S, H]):
             stream.owed = 0
             self._wake()
 
+    def decline(self, identity: int, block: bytes) -> None:
+        """For `on_open`: answer the stream with a block of headers, and hear no more of it. As cheap as can be."""
+        self._out.append(_frame(HEADERS, END_HEADERS | END_STREAM, identity, block))
+        self._out.append(_frame(RST_STREAM, 0, identity, _UINT32.pack(Code.NO_ERROR)))
+        self._wake()
+
     def ping(self) -> None:
         """Ask whether the other side is there; `on_pong` tells."""
         self._out.append(_frame(PING, 0, 0, bytes(8)))

@@ -22,6 +22,7 @@ from prometheus_client.exposition import choose_encoder
 from hedgerow import __version__
 from hedgerow.backend import Backend
 from hedgerow.host.model_host import ModelHost
+from hedgerow.http2.shedding import Shedding
 from hedgerow.lifecycle import InFlight
 from hedgerow.router import Router
 from hedgerow.server import Server
@@ -42,6 +43,7 @@ class _CountsConnections(Protocol):
 
     connections: set[object]
     calls: InFlight
+    shedding: Shedding
 
 
 @runtime_checkable
@@ -105,11 +107,16 @@ def of_server(server: Server) -> Iterator[Metric]:
     yield _gauge("hedgerow_draining", "1 while the server is shutting down.", int(server.service.draining))
     connections = GaugeMetricFamily("hedgerow_connections", "Open connections of callers.")
     calls = GaugeMetricFamily("hedgerow_calls", "Open calls of any kind.")
+    shed = CounterMetricFamily(
+        "hedgerow_calls_shed", "Calls refused as they opened, because the event loop was too late for their deadlines."
+    )
     if isinstance(server.listener, _CountsConnections):
         connections.add_metric((), len(server.listener.connections))
         calls.add_metric((), server.listener.calls.count)
+        shed.add_metric((), server.listener.shedding.refused)
     yield connections
     yield calls
+    yield shed
 
 
 def of_router(router: Router) -> Iterator[Metric]:

@@ -31,6 +31,7 @@ from hedgerow.http2.connection import Code, Stream
 from hedgerow.http2.grpc import MessageReader, frame_message, quote
 from hedgerow.http2.headers import header_block
 from hedgerow.http2.heads import Head, read_head
+from hedgerow.http2.shedding import Shedding
 from hedgerow.http2.sockets import SocketConnection, new_space
 from hedgerow.identity import name_of_peer
 from hedgerow.lifecycle import InFlight
@@ -49,6 +50,14 @@ RETRY_AFTER_S = 1.0
 _HEADERS: Final = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 _OK_HEADERS: Final = header_block((*_HEADERS, (b"grpc-accept-encoding", b"identity,gzip,deflate")))
 _OK_TRAILERS: Final = header_block(((b"grpc-status", b"0"),))
+_TOO_BUSY: Final = header_block(
+    (
+        *_HEADERS,
+        (b"grpc-status", b"%d" % Overloaded.status.value[0]),
+        (b"grpc-message", b"the server is too busy to answer before the deadline"),
+        (rpc.PUSHBACK_KEY.encode(), b"%d" % (RETRY_AFTER_S * 1000)),
+    )
+)
 WHOLE_BYTES = 2**16
 """Larger answers are not copied to stand behind their prefix."""
 
@@ -77,6 +86,7 @@ class NativeListener:
         self.connections: set[_Connection] = set()
         self.space = new_space()
         """For the connections to read into."""
+        self.shedding = Shedding(self.calls)
         self._left = asyncio.Event()
         self._server: asyncio.Server | None = None
 
@@ -124,6 +134,7 @@ class NativeListener:
         await self._alone(GOODBYE_S)  # over TLS the goodbye takes a while
         for connection in tuple(self.connections):
             connection.abort()
+        self.shedding.close()
         await server.wait_closed()
 
 
@@ -259,6 +270,9 @@ class _Connection(SocketConnection[_Stream, Head]):
     def on_open(self, identity: int, headers: Head) -> _Stream | None:
         """See `Connection`."""
         listener = self._listener
+        if listener.shedding.refuses(headers.timeout_s):
+            self.decline(identity, _TOO_BUSY)
+            return None
         method = listener.methods.get(headers.path, _NO_METHOD)
         stream = _Stream(identity, self, method, headers, listener.settings.max_message_bytes)
         self.streams[identity] = stream
