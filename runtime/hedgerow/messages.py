@@ -113,18 +113,18 @@ def request_from_proto(
 
 def request_to_proto(request: InferRequest) -> oip_pb2.ModelInferRequest:
     """The message for `request`, inputs raw; raises `InvalidInput` if an array is not of its datatype."""
-    return oip_pb2.ModelInferRequest.FromString(request_to_bytes(request))
+    return oip_pb2.ModelInferRequest.FromString(wire.joined(request_to_wire(request)))
 
 
-def request_to_bytes(request: InferRequest) -> bytes:
-    """`request_to_proto`, serialised; large inputs are copied once."""
+def request_to_wire(request: InferRequest) -> wire.Serialised:
+    """`request_to_proto`, serialised; large inputs are copied only where their arrays can be written to."""
     parts = _parts(request, request.inputs)
     if request.outputs:
         wanted = oip_pb2.ModelInferRequest.InferRequestedOutputTensor
         parts.append(
             oip_pb2.ModelInferRequest(outputs=[wanted(name=name) for name in request.outputs]).SerializeToString()
         )
-    return wire.join(parts, wire.RAW_INPUTS, [to_raw("input", one, InvalidInput) for one in request.inputs])
+    return wire.serialised(parts, wire.RAW_INPUTS, [to_raw("input", one, InvalidInput) for one in request.inputs])
 
 
 def response_from_bytes(raw: bytes) -> InferResponse:
@@ -151,13 +151,13 @@ def response_from_proto(message: oip_pb2.ModelInferResponse, raws: Raws | None =
 
 def response_to_proto(response: InferResponse) -> oip_pb2.ModelInferResponse:
     """The message for `response`, outputs raw; raises `EngineFault` if an array is not of its datatype."""
-    return oip_pb2.ModelInferResponse.FromString(response_to_bytes(response))
+    return oip_pb2.ModelInferResponse.FromString(wire.joined(response_to_wire(response)))
 
 
-def response_to_bytes(response: InferResponse) -> bytes:
-    """`response_to_proto`, serialised; large outputs are copied once."""
+def response_to_wire(response: InferResponse) -> wire.Serialised:
+    """`response_to_proto`, serialised; large outputs are copied only where their arrays can be written to."""
     raws = [to_raw("output", one, EngineFault) for one in response.outputs]
-    return wire.join(_parts(response, response.outputs), wire.RAW_OUTPUTS, raws)
+    return wire.serialised(_parts(response, response.outputs), wire.RAW_OUTPUTS, raws)
 
 
 def classified(response: InferResponse, message: oip_pb2.ModelInferRequest, metadata: ModelMetadata) -> InferResponse:

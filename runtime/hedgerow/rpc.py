@@ -19,6 +19,7 @@ from hedgerow import errors
 from hedgerow.backend import Deadline
 from hedgerow.errors import EngineFault, HedgerowError, InvalidInput
 from hedgerow.telemetry.logs import ERROR_ID
+from hedgerow.wire import Serialised
 
 MAX_DETAILS_CHARS = 512
 """Longest error message on the wire: with percent-encoding it must fit into 8 KiB of trailers. The log has it whole."""
@@ -49,8 +50,8 @@ class Call(Protocol):
 
 
 Handler = Callable[[Any, Any], Awaitable[Any]]
-"""``async (request, call)``. A unary one returns its answer, a message or its bytes; a streaming one writes serialised
-answers to the call; where requests stream, `request` is the iterator over their bytes, for `parse`."""
+"""``async (request, call)``. A unary one returns its answer, as a message or serialised; a streaming one writes
+serialised answers to the call; where requests stream, `request` is the iterator over their bytes, for `parse`."""
 M = TypeVar("M", bound=Message)
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class Method:
     client_streaming: bool
     server_streaming: bool
 
-    async def answer(self, received: bytes | AsyncIterator[bytes], call: Call) -> bytes | None:
+    async def answer(self, received: bytes | AsyncIterator[bytes], call: Call) -> Serialised | None:
         """The serialised answer, None after a stream of them. Raises nothing but `HedgerowError`, fit for callers.
 
         Requests are parsed in here, not by the transport, so that garbage is INVALID_ARGUMENT on each of them.
@@ -92,7 +93,7 @@ class Method:
             if self.request is not None and isinstance(received, bytes):
                 request = parse(self.request, received)
             response = await self.handle(request, call)
-            return response if response is None or isinstance(response, bytes) else response.SerializeToString()
+            return response.SerializeToString() if isinstance(response, Message) else response
         except HedgerowError as error:  # the border: `public` logs what must not cross it
             public(error, self.name)
             raise  # not "from" itself: each refused call would be a cycle for the garbage collector to find

@@ -37,8 +37,8 @@ from hedgerow.messages import (
     metadata_to_proto,
     request_from_bytes,
     request_from_proto,
-    response_to_bytes,
     response_to_proto,
+    response_to_wire,
 )
 from hedgerow.overrides import check_config, wanted_config
 from hedgerow.parameters import FINAL, FINAL_ASKED, STATUS
@@ -58,6 +58,7 @@ from hedgerow.tensors import (
     Origin,
     check_request,
 )
+from hedgerow.wire import Serialised
 
 STREAM_CONCURRENCY = 8
 """Requests of one stream that are worked on at once; more wait unread, which slows the sender down."""
@@ -163,8 +164,8 @@ class OipService:
         """A model's interface."""
         return metadata_to_proto(await self._interface(request.name, request.version))
 
-    async def model_infer(self, raw: bytes, call: Call) -> bytes:
-        """One answer to one request. From bytes to bytes, because large tensors are not parsed."""
+    async def model_infer(self, raw: bytes, call: Call) -> Serialised:
+        """One answer to one request. Without protobuf's messages, because large tensors are not parsed."""
         with self.statistics.request(call.deadline) as watch, self._admitted():
             caller = self._origin(call)
             message, raws = request_from_bytes(raw)
@@ -172,7 +173,7 @@ class OipService:
                 with self._shared.lent(message, raws) as (lent, places):
                     response = await self._inferred(message, lent, caller, call, watch)
                     return self._shared.placed(response, places).SerializeToString()
-            return response_to_bytes(await self._inferred(message, raws, caller, call, watch))
+            return response_to_wire(await self._inferred(message, raws, caller, call, watch))
 
     async def model_stream_infer(self, raws: AsyncIterator[bytes], call: Call) -> None:
         """The answers of many requests, in the order of the requests; a request that fails says so in its place."""

@@ -1,8 +1,8 @@
 """Messages with big tensors, from bytes and to bytes, without parsing or copying the tensors.
 
 Protobuf copies each `raw_..._contents` twice on its way into Python and twice on its way out. Here those fields are
-found by their tags and given as views on the bytes that came, protobuf sees the rest, and what is sent is put together
-in one go (the encoding: protobuf.dev/programming-guides/encoding).
+found by their tags and given as views on the bytes that came, protobuf sees the rest, and what is sent stays in pieces,
+tensors where they lie (the encoding: protobuf.dev/programming-guides/encoding).
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,6 +17,11 @@ RAW_OUTPUTS: Final = 6
 """Number of `ModelInferResponse.raw_output_contents`."""
 WORTHWHILE_BYTES = 2**14
 """Smaller messages are parsed faster than they are looked through."""
+PIECE_BYTES = 2**16
+"""Smaller tensors are copied faster than they are sent in pieces."""
+Serialised = bytes | list[bytes | memoryview]
+"""A message as it goes over the wire; a large one in pieces, one behind the other. They change no more."""
+
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED: Final = {_FIXED64: 8, _FIXED32: 4}
 
@@ -50,13 +55,35 @@ def lift(raw: bytes, number: int) -> tuple[bytes, list[memoryview]]:
     return b"".join(kept), lifted
 
 
-def join(head: Iterable[bytes], number: int, fields: Iterable[bytes | memoryview]) -> bytes:
-    """The message whose beginning is `head`, with `fields` as its fields `number`."""
+def serialised(head: Iterable[bytes], number: int, fields: Iterable[bytes | memoryview]) -> Serialised:
+    """The message whose beginning is `head`, with `fields` as its fields `number`.
+
+    Large fields that nobody can write to are not copied.
+    """
     parts: list[bytes | memoryview] = [*head]
+    pieces: list[bytes | memoryview] = []
     tag = _encoded(number << 3 | _BYTES)
     for field in fields:
-        parts += (tag, _encoded(len(field) if isinstance(field, bytes) else field.nbytes), field)
-    return b"".join(parts)
+        size = len(field) if isinstance(field, bytes) else field.nbytes
+        parts += (tag, _encoded(size), field)
+        if size >= PIECE_BYTES and (isinstance(field, bytes) or field.readonly):
+            pieces += (b"".join(parts[:-1]), field)
+            parts = []
+    if not pieces:
+        return b"".join(parts)
+    if parts:
+        pieces.append(b"".join(parts))
+    return pieces
+
+
+def joined(message: Serialised) -> bytes:
+    """All of `message`, for those who take it in one piece only."""
+    return message if isinstance(message, bytes) else b"".join(message)
+
+
+def size_of(message: Serialised) -> int:
+    """Bytes of `message`."""
+    return len(message) if isinstance(message, bytes) else sum(map(len, message))
 
 
 def _varint(raw: Sequence[int], position: int) -> tuple[int, int]:

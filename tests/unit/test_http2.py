@@ -19,6 +19,7 @@ from hedgerow.http2 import connection as http2
 from hedgerow.http2.connection import Code, Connection, ConnectionFault, Stream
 from hedgerow.http2.grpc import GROWTH, PREFIX_BYTES, MessageReader, frame_message
 from hedgerow.http2.headers import header_block
+from hedgerow.wire import joined
 
 REQUEST = [(":method", "POST"), (":scheme", "http"), (":path", "/a"), (":authority", "x"), ("te", "trailers")]
 ANSWER = header_block([(b":status", b"200")])
@@ -386,7 +387,7 @@ MESSAGES = st.lists(st.one_of(st.binary(max_size=30), st.integers(0, 50_000).map
 def test_messages_are_put_together_whatever_they_are_cut_into(
     messages: list[bytes], encoding: str, cuts: list[list[int]]
 ) -> None:
-    sent = b"".join(frame_message(message, encoding) for message in messages)
+    sent = b"".join(joined(frame_message(message, encoding)) for message in messages)
     reader, got, at = MessageReader(2**20, encoding), list[bytes](), 0
     for sizes in itertools.cycle(cuts):
         parts = []

@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hedgerow.proto import oip_pb2
-from hedgerow.wire import RAW_INPUTS, RAW_OUTPUTS, join, lift
+from hedgerow.wire import PIECE_BYTES, RAW_INPUTS, RAW_OUTPUTS, joined, lift, serialised, size_of
 
 RAWS = st.lists(st.binary(max_size=300), max_size=4)
+
+LARGE = b"large" * PIECE_BYTES
 
 
 def message(raws: list[bytes]) -> oip_pb2.ModelInferRequest:
@@ -34,11 +36,22 @@ def test_fields_may_stand_anywhere(first: list[bytes], last: list[bytes]) -> Non
     assert oip_pb2.ModelInferRequest.FromString(head) == message([])
 
 
-@given(RAWS)
-def test_what_is_joined_is_what_protobuf_reads(raws: list[bytes]) -> None:
+@given(st.lists(st.binary(max_size=300) | st.just(LARGE), max_size=4))
+def test_what_is_serialised_is_what_protobuf_reads(raws: list[bytes]) -> None:
     head = oip_pb2.ModelInferResponse(model_name="m").SerializeToString()
-    whole = oip_pb2.ModelInferResponse.FromString(join([head], RAW_OUTPUTS, [memoryview(raw) for raw in raws]))
+    sent = serialised([head], RAW_OUTPUTS, [memoryview(raw) for raw in raws])
+    whole = oip_pb2.ModelInferResponse.FromString(joined(sent))
     assert whole == oip_pb2.ModelInferResponse(model_name="m", raw_output_contents=raws)
+    assert size_of(sent) == len(joined(sent))
+
+
+def test_what_may_still_be_written_to_is_copied_and_what_may_not_is_sent_from_where_it_lies() -> None:
+    lasting, changing = memoryview(LARGE), memoryview(bytearray(LARGE))
+    sent = serialised([], RAW_OUTPUTS, [lasting, changing])
+    changing[:] = bytes(len(changing))
+    assert isinstance(sent, list)
+    assert sent[1] is lasting
+    assert oip_pb2.ModelInferResponse.FromString(joined(sent)).raw_output_contents == [LARGE, LARGE]
 
 
 @given(st.binary(max_size=60))

@@ -119,6 +119,8 @@ class Runnable:
         ready = time.perf_counter_ns()
         arrays = self._session.run(inputs, names)
         ended = time.perf_counter_ns()
+        for array in arrays.values():
+            array.flags.writeable = False  # several may read it, and it is sent from where it lies
         parts = [arrays] if whole else self._split(arrays, rows, size)
         broken = {name for name in names if not finite(arrays[name], self._datatypes[name])}
         run, first = None if whole else Run(arrays), 0

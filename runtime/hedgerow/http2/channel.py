@@ -20,6 +20,7 @@ from hedgerow.http2.connection import Code, ConnectionFault, Stream
 from hedgerow.http2.grpc import MessageReader, format_timeout, frame_message, unquote
 from hedgerow.http2.headers import TABLE_BYTES, HeaderWriter
 from hedgerow.http2.sockets import SocketConnection, new_space
+from hedgerow.wire import Serialised
 
 MAX_STREAMS = 1000
 """Calls at once that we make before the server has said how many it takes."""
@@ -89,7 +90,7 @@ class Channel:
             if not self.standing:  # it came and went
                 raise ConnectionError(CANNOT_CONNECT)
 
-    async def unary(self, path: str, request: bytes, timeout_s: float, metadata: Metadata = ()) -> bytes:
+    async def unary(self, path: str, request: Serialised, timeout_s: float, metadata: Metadata = ()) -> bytes:
         """The answer to one call; cancelling it cancels the work at the other end."""
         connection = await self._standing()
         stream = await connection.open(path, request, timeout_s, metadata)
@@ -103,7 +104,7 @@ class Channel:
         return stream.answers[0]
 
     async def stream(
-        self, path: str, request: bytes, timeout_s: float, metadata: Metadata = ()
+        self, path: str, request: Serialised, timeout_s: float, metadata: Metadata = ()
     ) -> AsyncGenerator[bytes, None]:
         """The answers to one request of a streaming method; closing the generator cancels the call."""
         connection = await self._standing()
@@ -223,7 +224,7 @@ class _Connection(SocketConnection[_Stream, _Pairs]):
         self._waiting: deque[asyncio.Future[None]] = deque()
         """Calls for which the server has no room yet."""
 
-    async def open(self, path: str, request: bytes, timeout_s: float, metadata: Metadata) -> _Stream:
+    async def open(self, path: str, request: Serialised, timeout_s: float, metadata: Metadata) -> _Stream:
         """A call that is on its way."""
         deadline = self._loop.time() + timeout_s
         while len(self.streams) >= self._max_streams and not self.closing:
@@ -246,11 +247,7 @@ class _Connection(SocketConnection[_Stream, _Pairs]):
         once = [(b"grpc-timeout", timeout.encode()), *((key.encode(), value.encode()) for key, value in metadata)]
         # A table smaller than every side's own is not worth keeping a second one in step with.
         block = self._writer.write(head, once, remember=self.table_bytes >= TABLE_BYTES)
-        if len(request) < 2**16:
-            self.send(stream, block, frame_message(request), b"")
-        else:
-            self.send(stream, block, b"\0" + len(request).to_bytes(4), None)
-            self.send(stream, None, request, b"")
+        self.send(stream, block, frame_message(request), b"")
         return stream
 
     def taken(self, stream: _Stream) -> None:

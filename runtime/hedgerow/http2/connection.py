@@ -134,7 +134,7 @@ class Connection(Generic[S, H]):
         self._reader = HeaderReader(convert)
         self._max_streams = max_streams
         self._wake = wake
-        self._out: list[bytes] = []
+        self._out: list[bytes | memoryview] = []
         self._answers = 0
         self._sending: dict[int, S] = {}
         """Streams with unsent data, in the order of their turns."""
@@ -493,7 +493,7 @@ class Connection(Generic[S, H]):
     def _sendable(self, stream: S) -> bool:
         return not stream.unsent or (self._window > 0 and stream.window > 0)
 
-    def _send_some(self, stream: S, share: int, out: list[bytes]) -> int:
+    def _send_some(self, stream: S, share: int, out: list[bytes | memoryview]) -> int:
         """Move up to `share` bytes of `stream` as frames, and its end, into `out`; how many bytes of data that were."""
         size, room = 0, min(self._window, stream.window, share)
         if stream.unsent and room <= 0:
@@ -508,7 +508,7 @@ class Connection(Generic[S, H]):
             size += length
             ends = not stream.unsent and stream.last == b""
             out.append(_HEAD.pack(length >> 8, length & 255, DATA, END_STREAM if ends else 0, stream.id))
-            out.append(part)  # type: ignore[arg-type] # join takes it
+            out.append(part)
         self._window -= size
         stream.window -= size
         stream.unsent_bytes -= size
@@ -534,11 +534,18 @@ class Connection(Generic[S, H]):
         """What may be sent on a new stream."""
         return self._initial_window
 
-    def send(self, stream: S, first: bytes | None, data: bytes, last: bytes | None) -> None:
+    def send(
+        self, stream: S, first: bytes | None, data: bytes | memoryview | list[bytes | memoryview], last: bytes | None
+    ) -> None:
         """Send on `stream`: a block of headers, data, and a block of headers that ends it, each if there is one.
 
         An empty `last` ends the stream with its data. What the windows do not allow yet waits.
         """
+        if isinstance(data, list):
+            for piece in data[:-1]:
+                self.send(stream, first, piece, None)
+                first = None
+            data = data[-1]
         out, size = self._out, len(data)
         if first is not None:
             alone = END_STREAM if last == b"" and not data and not stream.unsent else 0

@@ -8,6 +8,7 @@ from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from hedgerow.errors import InvalidInput, Overloaded, Unsupported
+from hedgerow.wire import PIECE_BYTES, Serialised, joined, size_of
 
 PREFIX_BYTES: Final = 5
 """Before each message: whether it is compressed, and its length."""
@@ -53,9 +54,18 @@ def unquote(text: bytes) -> str:
     return unquote_to_bytes(text).decode(errors="replace")
 
 
-def frame_message(message: bytes, encoding: str = "") -> bytes:
+def frame_message(message: Serialised, encoding: str = "") -> Serialised:
     """`message` with its prefix, compressed where that is asked for and pays."""
-    if encoding and len(message) >= MIN_COMPRESSED_BYTES:
+    if encoding:
+        return _compressed(joined(message), encoding)
+    prefix = b"\0" + size_of(message).to_bytes(4)
+    if not isinstance(message, bytes):
+        return [prefix, *message]
+    return prefix + message if len(message) < PIECE_BYTES else [prefix, message]
+
+
+def _compressed(message: bytes, encoding: str) -> bytes:
+    if len(message) >= MIN_COMPRESSED_BYTES:
         packer = zlib.compressobj(level=1, wbits=ENCODINGS[encoding])
         packed = packer.compress(message) + packer.flush()
         if len(packed) < len(message):

@@ -27,7 +27,7 @@ from hedgerow.errors import (
     ModelNotFound,
     Overloaded,
 )
-from hedgerow.messages import request_to_bytes, response_from_bytes
+from hedgerow.messages import request_to_wire, response_from_bytes
 from hedgerow.proto import oip_pb2
 from hedgerow.remote.admission import Admission, Load
 from hedgerow.remote.breaker import RetryBudget
@@ -40,6 +40,7 @@ from hedgerow.remote.settings import RemoteSettings, Target
 from hedgerow.remote.streams import plain, streamed
 from hedgerow.statistics import RemoteCounts
 from hedgerow.tensors import HOPS, HOPS_KEY, TENANT_KEY, InferRequest, InferResponse, ModelMetadata, Origin
+from hedgerow.wire import Serialised, size_of
 
 __all__ = ["RemoteBackend", "RemoteSettings", "Target"]
 
@@ -53,7 +54,7 @@ class _Call(msgspec.Struct, frozen=True):
 
     request: InferRequest
     load: Load
-    raw: bytes
+    raw: Serialised
     metadata: Metadata
     deadline: Deadline
     asked: list[Endpoint] = []
@@ -196,7 +197,7 @@ class RemoteBackend:
         self.counts.requests += 1
         self._retries.requested()
         self._hedges.requested()
-        return _Call(request, load, request_to_bytes(request), metadata, deadline)
+        return _Call(request, load, request_to_wire(request), metadata, deadline)
 
     def _metadata(self, origin: Origin) -> Metadata:
         if origin.hops >= self.settings.max_hops:
@@ -287,7 +288,7 @@ class RemoteBackend:
         started = time.monotonic()
         limit, inflight = call.load.limit, call.load.count
         time_s = min(self.settings.timeout_s, call.deadline.at - started)
-        self.counts.sent_bytes += len(call.raw)
+        self.counts.sent_bytes += size_of(call.raw)
         try:
             raw = await endpoint.unary("ModelInfer", call.raw, call.deadline, call.metadata, timed=True)
         except (DeadlineExceeded, asyncio.CancelledError):

@@ -18,6 +18,7 @@ from hedgerow.errors import BackendUnavailable, ConfigError, EngineFault, Hedger
 from hedgerow.http2.channel import CANNOT_CONNECT, GIVEN_UP, Channel
 from hedgerow.proto import oip_pb2
 from hedgerow.tensors import HOPS_KEY
+from hedgerow.wire import Serialised, joined
 
 SERVICE: Final = oip_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 ADDRESSES = ("ipv4:", "ipv6:", "unix:", "DNS")
@@ -45,12 +46,12 @@ class Connection(Protocol):
         """Wait until it stands; raises `ConnectionError` if it cannot be had."""
         ...
 
-    async def unary(self, method: str, request: bytes, timeout_s: float, metadata: Metadata = ()) -> bytes:
+    async def unary(self, method: str, request: Serialised, timeout_s: float, metadata: Metadata = ()) -> bytes:
         """The answer to one call of OIP's `method`."""
         ...
 
     def stream(
-        self, method: str, request: bytes, timeout_s: float, metadata: Metadata = ()
+        self, method: str, request: Serialised, timeout_s: float, metadata: Metadata = ()
     ) -> AsyncGenerator[bytes, None]:
         """The answers to one request of a streaming `method`; closing the generator cancels the call."""
         ...
@@ -156,12 +157,12 @@ class _NativeConnection:
         return self._channel.standing
 
     def unary(
-        self, method: str, request: bytes, timeout_s: float, metadata: Metadata = ()
+        self, method: str, request: Serialised, timeout_s: float, metadata: Metadata = ()
     ) -> Coroutine[Any, Any, bytes]:
         return self._channel.unary(_path(method), request, timeout_s, metadata)
 
     def stream(
-        self, method: str, request: bytes, timeout_s: float, metadata: Metadata = ()
+        self, method: str, request: Serialised, timeout_s: float, metadata: Metadata = ()
     ) -> AsyncGenerator[bytes, None]:
         return self._channel.stream(_path(method), request, timeout_s, metadata)
 
@@ -191,12 +192,12 @@ class _GrpcConnection:
         except grpc.aio.UsageError:  # closed while we waited
             raise ConnectionError(GIVEN_UP) from None
 
-    async def unary(self, method: str, request: bytes, timeout_s: float, metadata: Metadata = ()) -> bytes:
+    async def unary(self, method: str, request: Serialised, timeout_s: float, metadata: Metadata = ()) -> bytes:
         call = self._calls.get(method)
         if call is None:
             call = self._calls[method] = self._channel.unary_unary(_path(method))
         try:
-            return await call(request, timeout=timeout_s, metadata=metadata)
+            return await call(joined(request), timeout=timeout_s, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             raise _received(error) from error
         except grpc.aio.UsageError:
@@ -206,10 +207,10 @@ class _GrpcConnection:
             raise Unavailable(GIVEN_UP) from None
 
     async def stream(
-        self, method: str, request: bytes, timeout_s: float, metadata: Metadata = ()
+        self, method: str, request: Serialised, timeout_s: float, metadata: Metadata = ()
     ) -> AsyncGenerator[bytes, None]:
         start: _Stream = self._channel.stream_stream(_path(method))
-        call = start(iter([request]), timeout=timeout_s, metadata=metadata)
+        call = start(iter([joined(request)]), timeout=timeout_s, metadata=metadata)
         try:
             async for answer in call:
                 yield answer

@@ -34,6 +34,7 @@ from hedgerow.remote.connection import FIRST_HOP, Connection, Connector, Metadat
 from hedgerow.remote.known import KnownModels
 from hedgerow.remote.latency import LatencyWindow, PeakLatency
 from hedgerow.remote.settings import RemoteSettings
+from hedgerow.wire import Serialised
 
 ROUND_TRIPS = 8
 """Heartbeats whose quickest is taken for the way there and back."""
@@ -127,7 +128,7 @@ class Endpoint:
         return self._pace.value(now) * (self.inflight.count + 1)
 
     async def unary(
-        self, method: str, request: bytes, deadline: Deadline, metadata: Metadata = (), *, timed: bool = False
+        self, method: str, request: Serialised, deadline: Deadline, metadata: Metadata = (), *, timed: bool = False
     ) -> bytes:
         """The answer to one call. Where it is `timed`, what its time-out says of the latency is remembered."""
         with self.inflight:
@@ -145,7 +146,7 @@ class Endpoint:
         return answer
 
     async def stream(
-        self, method: str, request: bytes, deadline: Deadline, metadata: Metadata
+        self, method: str, request: Serialised, deadline: Deadline, metadata: Metadata
     ) -> AsyncGenerator[bytes, None]:
         """The answers to one request."""
         with self.inflight:

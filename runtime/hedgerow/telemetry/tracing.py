@@ -19,6 +19,7 @@ from hedgerow.errors import ConfigError, HedgerowError, MissingExtra
 from hedgerow.rpc import Call, Method, Methods
 from hedgerow.telemetry.logs import TracingSettings
 from hedgerow.tensors import InferRequest, InferResponse
+from hedgerow.wire import Serialised
 
 try:
     from opentelemetry import trace
@@ -156,7 +157,7 @@ class _TracedMethod(Method):
     path: str
     tracing: Tracing
 
-    async def answer(self, received: bytes | AsyncIterator[bytes], call: Call) -> bytes | None:
+    async def answer(self, received: bytes | AsyncIterator[bytes], call: Call) -> Serialised | None:
         """See `Method`."""
         with self.tracing.span(self.path.removeprefix("/"), SpanKind.SERVER, call.metadata) as (_, headers):
             return await Method.answer(self, received, _TracedCall(call, headers))

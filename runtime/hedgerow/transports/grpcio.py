@@ -15,6 +15,7 @@ from hedgerow.config import ServerSettings
 from hedgerow.errors import ConfigError, DeadlineExceeded, HedgerowError
 from hedgerow.identity import certificate_name
 from hedgerow.rpc import Method, Methods
+from hedgerow.wire import joined
 
 MIN_PING_INTERVAL_MS = 1000
 """How often clients may ask whether we are there; gRPC's own limit is five minutes."""
@@ -113,7 +114,8 @@ def _handler(method: Method) -> "grpc.RpcMethodHandler[bytes, bytes]":
         try:
             try:
                 async with asyncio.timeout_at(at):
-                    return await method.answer(received, call)
+                    answer = await method.answer(received, call)
+                    return None if answer is None else joined(answer)
             except TimeoutError as timeout:
                 raise DeadlineExceeded(f"the deadline passed while {method.name} was being answered") from timeout
         except HedgerowError as error:

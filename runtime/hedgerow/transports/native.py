@@ -36,6 +36,7 @@ from hedgerow.http2.sockets import SocketConnection, new_space
 from hedgerow.identity import name_of_peer
 from hedgerow.lifecycle import InFlight
 from hedgerow.rpc import Method, Methods
+from hedgerow.wire import Serialised
 
 MAX_STREAMS = 512
 """Calls at once on one connection; more wait at the client, as HTTP/2 has it, so that none can hold all calls."""
@@ -58,8 +59,6 @@ _TOO_BUSY: Final = header_block(
         (rpc.PUSHBACK_KEY.encode(), b"%d" % (RETRY_AFTER_S * 1000)),
     )
 )
-WHOLE_BYTES = 2**16
-"""Larger answers are not copied to stand behind their prefix."""
 
 
 async def listen(methods: Methods, settings: ServerSettings) -> "NativeListener":
@@ -367,18 +366,12 @@ class _Connection(SocketConnection[_Stream, Head]):
             stream.task = None
             self.answer(stream, answer, ends=True)
 
-    def answer(self, stream: _Stream, message: bytes | None, *, ends: bool = False) -> None:
+    def answer(self, stream: _Stream, message: Serialised | None, *, ends: bool = False) -> None:
         """Send `message`, if there is one, and after the last one the status."""
         if stream.id in self.streams and not stream.finished:
             first, last = None if stream.begun else _headers(stream.encoding), _OK_TRAILERS if ends else None
             stream.begun = True
-            if message is None:
-                self.send(stream, first, b"", last)
-            elif len(message) < WHOLE_BYTES or stream.encoding:
-                self.send(stream, first, frame_message(message, stream.encoding), last)
-            else:
-                self.send(stream, first, b"\0" + len(message).to_bytes(4), None)
-                self.send(stream, None, message, last)
+            self.send(stream, first, b"" if message is None else frame_message(message, stream.encoding), last)
 
     def _refuse(self, stream: _Stream, error: HedgerowError) -> None:
         """End the call with the status of `error`."""

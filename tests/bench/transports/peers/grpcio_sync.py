@@ -13,6 +13,7 @@ from hedgerow.backend import Deadline
 from hedgerow.config import ServerSettings
 from hedgerow.errors import DeadlineExceeded, HedgerowError
 from hedgerow.rpc import Method, Methods
+from hedgerow.wire import joined
 
 THREADS = 40
 """More than calls in flight, so that none waits for a thread."""
@@ -100,6 +101,7 @@ def _handler(method: Method) -> "grpc.RpcMethodHandler[bytes, bytes]":
 async def _in_time(method: Method, received: bytes, call: _Call) -> bytes | None:
     try:
         async with asyncio.timeout(call.deadline.remaining):
-            return await method.answer(received, call)
+            answer = await method.answer(received, call)
+            return None if answer is None else joined(answer)
     except TimeoutError as timeout:
         raise DeadlineExceeded(f"the deadline passed while {method.name} was being answered") from timeout

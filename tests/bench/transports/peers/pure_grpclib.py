@@ -16,6 +16,7 @@ from hedgerow.backend import Deadline
 from hedgerow.config import ServerSettings
 from hedgerow.errors import HedgerowError
 from hedgerow.rpc import Method, Methods
+from hedgerow.wire import joined
 
 CARDINALITIES = {
     (False, False): Cardinality.UNARY_UNARY,
@@ -99,6 +100,6 @@ def _handler(method: Method) -> Any:
             )
         else:
             if response is not None:
-                await stream.send_message(response)
+                await stream.send_message(joined(response))
 
     return answer

@@ -17,6 +17,7 @@ from hedgerow.backend import Deadline
 from hedgerow.config import ServerSettings
 from hedgerow.errors import HedgerowError
 from hedgerow.rpc import Method, Methods
+from hedgerow.wire import joined
 
 BATCH = 64
 """Events at most that are taken over at once."""
@@ -77,7 +78,7 @@ class FrontListener:
             if answer is None:
                 self._front.stream_end(identity)
             else:
-                self._front.respond(identity, answer)
+                self._front.respond(identity, joined(answer))
         except HedgerowError as error:
             self._front.fail(identity, error.status.value[0], rpc.details(error), rpc.trailers(error))
         finally:
