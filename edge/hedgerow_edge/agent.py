@@ -29,7 +29,8 @@ from hedgerow.backend import Backend
 from hedgerow.config import load
 from hedgerow.durable import write_durably
 from hedgerow.errors import ConfigError, HedgerowError
-from hedgerow.host.model_host import ModelFile, ModelHost
+from hedgerow.host.model_host import ModelHost
+from hedgerow.host.settings import ModelFile
 from hedgerow.journey import Route
 from hedgerow.link import Link, Topics, checked_id
 from hedgerow.remote.backend import RemoteBackend

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 
 from hedgerow.config import Count, Seconds, Settings
 from hedgerow.errors import EngineFault, HedgerowError, InvalidRelease, LinkError, Overloaded, TransferFailed
-from hedgerow.host.model_host import ModelFile, ModelHost, Staged
+from hedgerow.host.model_host import ModelHost, Staged
+from hedgerow.host.settings import ModelFile
 from hedgerow.proto.link_pb2 import ModelStatus
 from hedgerow.release import MANIFEST
 from hedgerow.router import Router

@@ -26,7 +26,7 @@ from msgspec.structs import replace
 from hedgerow.config import Count, Seconds, Settings
 from hedgerow.errors import HedgerowError, InvalidInput, LinkError
 from hedgerow.link import Link
-from hedgerow.messages import request_to_proto, response_to_proto
+from hedgerow.oip.messages import request_to_proto, response_to_proto
 from hedgerow.policies import Privacy
 from hedgerow.proto.link_pb2 import Request, Sample, SampleUpload
 from hedgerow.proto.oip_pb2 import ModelInferRequest

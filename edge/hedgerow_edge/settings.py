@@ -33,12 +33,11 @@ from hedgerow.cache import CacheSettings
 from hedgerow.config import BrokerSettings, ServerSettings, Settings, variable
 from hedgerow.errors import ConfigError
 from hedgerow.gate import Gate
-from hedgerow.host.model_host import HostSettings
+from hedgerow.host.settings import HostSettings
 from hedgerow.remote.backend import RemoteSettings, Target
 from hedgerow.router import RouteSettings
 from hedgerow.shared_memory.regions import SharedMemorySettings
-from hedgerow.telemetry.diagnostics import MetricsSettings
-from hedgerow.telemetry.logs import LogSettings, TracingSettings
+from hedgerow.telemetry.settings import LogSettings, MetricsSettings, TracingSettings
 from hedgerow.traffic.shadow import ShadowSettings
 from hedgerow.traffic.split import SplitSettings
 from hedgerow.traffic.tenants import TenantsSettings

@@ -10,13 +10,15 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 
 from hedgerow.errors import ConfigError
 
 PREFIX = "HEDGEROW_"
+SECRETS: Final = frozenset({"token", "control_token", "password"})
+"""Names of settings that nobody should find in a log."""
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
@@ -25,7 +27,13 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every settings section: frozen, keyword-only, and an unknown key is an error."""
+    """Base of every settings section: frozen, keyword-only, an unknown key is an error, and secrets are not shown."""
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [(name, "…" if name in SECRETS and value else value) for name, value in super().__rich_repr__()]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
 
 
 class ServerSettings(Settings, frozen=True, kw_only=True):

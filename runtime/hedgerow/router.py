@@ -28,10 +28,10 @@ from hedgerow.errors import (
 from hedgerow.gate import Gate, Guarantee, confidence
 from hedgerow.journey import FAILED, Journey, Route, status
 from hedgerow.judge import NO_RELEASE, Judges, Verdict
+from hedgerow.latency import LatencyWindow
 from hedgerow.lifecycle import InFlight
 from hedgerow.parameters import DEGRADED, REASON, privacy
 from hedgerow.policies import Privacy, Tier
-from hedgerow.remote.latency import LatencyWindow
 from hedgerow.statistics import RouteCounts
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata
 

@@ -14,9 +14,9 @@ from hedgerow.backend import Backend, ModelControl
 from hedgerow.config import ServerSettings
 from hedgerow.health import Health, reflection_methods
 from hedgerow.identity import Identify, as_said
+from hedgerow.oip.service import SERVICE, OipService
 from hedgerow.proto import oip_pb2
 from hedgerow.rpc import Methods, address
-from hedgerow.service import SERVICE, OipService
 from hedgerow.shared_memory.regions import Regions, SharedMemorySettings
 from hedgerow.shared_memory.tensors import SharedTensors
 from hedgerow.statistics import BatchCounts

@@ -1,6 +1,6 @@
 """Tensors, requests and answers: the plain objects that a request is inside Hedgerow.
 
-Their form on the wire is `hedgerow.messages`' business.
+Their form on the wire is `hedgerow.oip.messages`' business.
 """
 
 from collections.abc import Hashable, Mapping, Sequence

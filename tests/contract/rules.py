@@ -9,7 +9,7 @@ from contract.spoil import Spoil, Words
 from contract.target import WAIT_S, Target, channel, outcome
 from numpy.typing import NDArray
 
-from hedgerow.messages import response_from_proto
+from hedgerow.oip.messages import response_from_proto
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
 
 T = TypeVar("T", bound=Callable[..., Any])

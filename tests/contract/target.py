@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from hedgerow.messages import request_to_proto
+from hedgerow.oip.messages import request_to_proto
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
 from hedgerow.tensors import InferRequest, numpy_dtype, tensor
 

@@ -18,7 +18,8 @@ from simulators.cloud import Cloud
 
 from hedgerow.config import ServerSettings
 from hedgerow.gate import Gate
-from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
+from hedgerow.host.model_host import ModelHost
+from hedgerow.host.settings import HostSettings, ModelFile
 from hedgerow.journey import Route
 from hedgerow.parameters import DEGRADED, TIER
 from hedgerow.remote.backend import RemoteBackend

@@ -18,7 +18,8 @@ from hedgerow.config import ServerSettings
 from hedgerow.errors import DeadlineExceeded, HedgerowError
 from hedgerow.function import FunctionBackend
 from hedgerow.gate import Gate
-from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
+from hedgerow.host.model_host import ModelHost
+from hedgerow.host.settings import HostSettings, ModelFile
 from hedgerow.journey import Route
 from hedgerow.parameters import DEGRADED, REASON, TIER
 from hedgerow.remote.backend import RemoteBackend, RemoteSettings, Target

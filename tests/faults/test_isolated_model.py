@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from simulators import puppet_engine
 
 from hedgerow.errors import EngineFault, HedgerowError, InvalidInput, ModelNotReady
-from hedgerow.isolation.restarts import RestartSettings
 from hedgerow.isolation.session import IsolatedSession, IsolationSettings, open_isolated
+from hedgerow.restarts import RestartSettings
 
 MIB = 1024 * 1024
 PATIENCE_S = 90.0

@@ -19,8 +19,9 @@ from simulators.responder import DEVICE, Responder
 from hedgerow.client import AsyncClient
 from hedgerow.config import ServerSettings
 from hedgerow.errors import HedgerowError, Overloaded
-from hedgerow.host.model_host import ModelFile, ModelHost
-from hedgerow.messages import request_from_proto, response_from_proto
+from hedgerow.host.model_host import ModelHost
+from hedgerow.host.settings import ModelFile
+from hedgerow.oip.messages import request_from_proto, response_from_proto
 from hedgerow.proto import link_pb2, oip_pb2
 from hedgerow.release import Limits
 from hedgerow.server import Server

@@ -12,9 +12,9 @@ from simulators import agents, models
 from simulators.agents import Agent
 
 from hedgerow.identity import token_digest
-from hedgerow.messages import request_to_proto
+from hedgerow.oip.messages import request_to_proto
+from hedgerow.oip.service import SERVICE
 from hedgerow.proto import oip_pb2
-from hedgerow.service import SERVICE
 
 TIMEOUT_S = 60.0
 

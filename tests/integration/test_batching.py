@@ -28,7 +28,8 @@ from hedgerow.errors import (
     ModelNotReady,
     Unavailable,
 )
-from hedgerow.host.model_host import BatchSettings, HostSettings, ModelFile, ModelHost, Staged
+from hedgerow.host.model_host import ModelHost, Staged
+from hedgerow.host.settings import BatchSettings, HostSettings, ModelFile
 from hedgerow.tensors import InferRequest, InferResponse, Tensor, TensorSpec, tensor
 
 PATIENCE_S = 60.0

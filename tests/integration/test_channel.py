@@ -1,7 +1,9 @@
 """Our own gRPC client against servers of both kinds: what answers, what fails and how, and what is let go of."""
 
 import asyncio
+import gc
 import socket
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from simulators import http2
 from simulators.certificates import Authority
+from simulators.places import until
 
 from hedgerow import transports
 from hedgerow.config import ServerSettings
@@ -20,11 +23,12 @@ from hedgerow.errors import DeadlineExceeded, EngineFault, InvalidInput, ModelNo
 from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.http2.channel import MAX_ANSWERS_AHEAD, Channel
 from hedgerow.http2.grpc import MIN_COMPRESSED_BYTES
-from hedgerow.messages import request_to_proto, response_from_proto
+from hedgerow.oip.messages import request_to_proto, response_from_proto
 from hedgerow.proto import oip_pb2
 from hedgerow.rpc import PUSHBACK_KEY
 from hedgerow.server import Server
 from hedgerow.tensors import InferRequest, ModelMetadata, TensorSpec, tensor
+from hedgerow.transports import native
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -104,6 +108,33 @@ async def test_faults_come_as_what_they_are(settings: Callable[..., ServerSettin
         with pytest.raises(Overloaded, match="larger than max"):
             await channel.unary(INFER, ask("echo", *range(1000)), WAIT_S)
         assert answered(await channel.unary(INFER, ask("echo", 2), WAIT_S)) == [2]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("traceparent", "s3cret\r\nb"),
+        ("traceparent", "s3cret\0"),
+        ("traceparent", "s3cretä"),
+        ("Traceparent", "s3cret"),
+        ("trace parent", "s3cret"),
+        ("", "s3cret"),
+        (":path", "s3cret"),
+    ],
+)
+async def test_what_no_header_can_say_is_refused_by_name_and_the_next_call_gets_through(name: str, value: str) -> None:
+    server = Server(Models(), ServerSettings(port=0, drain_s=WAIT_S))
+    async with server, channel_to(server.port) as channel:
+        wrong = (("good", "a"), (name, value))
+        for _ in range(2):
+            with pytest.raises(InvalidInput, match=r"^metadata ") as refused:
+                await channel.unary(INFER, ask("echo", 2), WAIT_S, wrong)
+            assert repr(name) in str(refused.value)
+            assert "s3cret" not in str(refused.value)
+            with pytest.raises(InvalidInput, match=r"^metadata "):
+                await anext(channel.stream(STREAM, ask("echo", 2), WAIT_S, wrong))
+        said = (("good", "a b"), ("x_y-z.1", "~"))
+        assert answered(await channel.unary(INFER, ask("echo", 2), WAIT_S, said)) == [2]
 
 
 async def test_a_deadline_and_a_caller_that_leaves_both_stop_the_work(settings: Callable[..., ServerSettings]) -> None:
@@ -343,3 +374,18 @@ async def test_the_server_keeps_each_deadline_of_a_caller_that_does_not(
         assert (await to.answer(7)).grpc_status == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
         to.send(to.call(9, INFER, ask("echo", 5.0)))
         assert answered((await to.answer(9)).message) == [5.0]
+
+
+async def test_a_connection_that_ended_is_gone_without_the_collector() -> None:
+    listener = await native.listen({}, ServerSettings(port=0))
+    channel = Channel("127.0.0.1", listener.port, connect_timeout_s=WAIT_S, max_message_bytes=1000)
+    await channel.ready()
+    left = [weakref.ref(one) for one in (channel._connection, *listener.connections) if one is not None]
+    assert len(left) == 2
+    gc.disable()
+    try:
+        await channel.close()
+        await until(lambda: not any(connection() for connection in left))
+    finally:
+        gc.enable()
+        await listener.stop(0)

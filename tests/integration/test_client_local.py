@@ -23,7 +23,8 @@ from hedgerow.backend import Backend, Deadline
 from hedgerow.client import AsyncLocalClient, Client, InferenceClient, LocalClient, Result
 from hedgerow.config import ServerSettings
 from hedgerow.errors import HedgerowError, InvalidInput, ModelNotFound
-from hedgerow.host.model_host import ModelFile, ModelHost
+from hedgerow.host.model_host import ModelHost
+from hedgerow.host.settings import ModelFile
 from hedgerow.journey import Route
 from hedgerow.router import Router
 from hedgerow.server import Server

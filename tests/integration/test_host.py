@@ -30,8 +30,10 @@ from hedgerow.errors import (
     Overloaded,
     Unavailable,
 )
-from hedgerow.host.model_host import MEMORY_FACTOR, BatchSettings, HostSettings, ModelFile, ModelHost, Staged
+from hedgerow.host.model_host import ModelHost, Staged
 from hedgerow.host.pace import PROOF_RUNS
+from hedgerow.host.room import MEMORY_FACTOR
+from hedgerow.host.settings import BatchSettings, HostSettings, ModelFile
 from hedgerow.isolation.session import IsolationSettings
 from hedgerow.tensors import InferRequest, InferResponse, tensor
 

@@ -19,7 +19,6 @@ from simulators import models
 from hedgerow.errors import ConfigError, EngineFault
 from hedgerow.isolation import child as isolated
 from hedgerow.isolation.child import Lane, Placed
-from hedgerow.isolation.restarts import Restarts, RestartSettings
 from hedgerow.isolation.session import IsolatedSession, open_isolated
 
 LIMIT_BYTES = 1024 * 1024
@@ -162,29 +161,3 @@ def test_what_a_large_run_took_goes_back_once_it_is_not_needed_any_more() -> Non
             lane.tidy(placed)
             assert size <= os.fstat(memory).st_blocks * 512 <= most
     lane.close()
-
-
-# -- restarts
-
-
-def test_pauses_grow_up_to_their_limit_and_shrink_when_it_has_been_quiet() -> None:
-    rule = Restarts(RestartSettings(backoff_s=1.0, max_backoff_s=5.0, max_restarts=9, window_s=100.0))
-    assert [rule.ended(0.0) for _ in range(5)] == [1.0, 2.0, 4.0, 5.0, 5.0]
-    rule.started()
-    assert rule.ended(101.0) == 102.0
-
-
-def test_too_many_ends_in_the_window_are_followed_by_a_cool_down_and_a_clean_slate() -> None:
-    rule = Restarts(RestartSettings(backoff_s=1.0, max_restarts=2, window_s=10.0, cool_down_s=50.0))
-    rule.ended(0.0)
-    rule.ended(5.0)
-    rule.started()
-    assert rule.ended(11.0) == 13.0  # the first is out of the window
-    assert not rule.given_up
-    assert rule.ended(12.0) == 62.0
-    assert rule.given_up
-    assert rule.ended(63.0) == 113.0  # the attempt after it failed too
-    assert rule.given_up
-    rule.started()
-    assert not rule.given_up
-    assert rule.ended(114.0) == 115.0

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hedgerow import engines, release
 from hedgerow.errors import HedgerowError, InvalidInput
-from hedgerow.messages import request_to_proto, response_to_proto
+from hedgerow.oip.messages import request_to_proto, response_to_proto
 from hedgerow.proto.link_pb2 import Sample
 from hedgerow.tensors import InferRequest, InferResponse, tensor
 from hedgerow_cloud.cluster import local_ray

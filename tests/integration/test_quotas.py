@@ -17,14 +17,14 @@ from hedgerow.client import AsyncClient
 from hedgerow.config import ServerSettings
 from hedgerow.errors import Forbidden, Overloaded, Unauthenticated
 from hedgerow.identity import token_digest
-from hedgerow.messages import request_to_proto
+from hedgerow.oip.messages import request_to_proto
+from hedgerow.oip.service import SERVICE
 from hedgerow.parameters import STATUS
 from hedgerow.proto import oip_pb2
 from hedgerow.remote.backend import RemoteBackend
 from hedgerow.remote.settings import RemoteSettings
 from hedgerow.rpc import received
 from hedgerow.server import Server
-from hedgerow.service import SERVICE
 from hedgerow.tensors import InferRequest, Origin, tensor
 from hedgerow.traffic.quotas import OTHERS, QuotaCounts, Quotas
 from hedgerow.traffic.tenants import QuotaSettings, TenantSettings, TenantsSettings, identify

@@ -23,11 +23,12 @@ from hedgerow.backend import Deadline
 from hedgerow.config import ServerSettings
 from hedgerow.errors import ConfigError
 from hedgerow.function import FunctionBackend, FunctionModel
-from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
-from hedgerow.messages import request_to_proto
+from hedgerow.host.model_host import ModelHost
+from hedgerow.host.settings import HostSettings, ModelFile
+from hedgerow.oip.messages import request_to_proto
+from hedgerow.oip.streaming import STREAM_CONCURRENCY
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
 from hedgerow.server import Server
-from hedgerow.service import STREAM_CONCURRENCY
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, TensorSpec, tensor
 
 X, Y = TensorSpec("x", "FP32", (-1,)), TensorSpec("y", "FP32", (-1,))

@@ -20,7 +20,7 @@ from hedgerow.backend import Deadline
 from hedgerow.config import ServerSettings
 from hedgerow.errors import InvalidInput, NotFound, Overloaded
 from hedgerow.function import FunctionBackend, FunctionModel
-from hedgerow.messages import request_to_proto, response_from_proto
+from hedgerow.oip.messages import request_to_proto, response_from_proto
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
 from hedgerow.server import Server
 from hedgerow.shared_memory.regions import FOLDER, Regions, SharedMemorySettings

@@ -21,8 +21,8 @@ from simulators.background import in_background
 
 from hedgerow.config import environment
 from hedgerow.errors import Unavailable
-from hedgerow.messages import request_to_proto
-from hedgerow.service import SERVICE
+from hedgerow.oip.messages import request_to_proto
+from hedgerow.oip.service import SERVICE
 from hedgerow_cloud.cli import top
 from hedgerow_cloud.cli.top import Reading, quantile, read, report
 

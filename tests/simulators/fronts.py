@@ -29,14 +29,14 @@ from hedgerow import lifecycle
 from hedgerow.config import ServerSettings, Settings, environment
 from hedgerow.errors import ConfigError
 from hedgerow.function import FunctionBackend
-from hedgerow.isolation.restarts import RestartSettings
-from hedgerow.messages import response_from_proto
+from hedgerow.oip.messages import response_from_proto
 from hedgerow.processes import worker
 from hedgerow.processes.line import Report
 from hedgerow.processes.pages import SupervisedMetrics
 from hedgerow.processes.port import held
 from hedgerow.processes.supervisor import Supervisor, SupervisorSettings
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
+from hedgerow.restarts import RestartSettings
 from hedgerow.server import Server
 from hedgerow.telemetry import metrics
 from hedgerow.telemetry.diagnostics import Diagnostics, health

@@ -13,7 +13,8 @@ from simulators import models
 
 from hedgerow.backend import Backend, Deadline
 from hedgerow.function import FunctionBackend, FunctionModel
-from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
+from hedgerow.host.model_host import ModelHost
+from hedgerow.host.settings import HostSettings, ModelFile
 from hedgerow.parameters import STICKY
 from hedgerow.remote.backend import RemoteSettings
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Origin, TensorSpec, tensor

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from hedgerow.config import ServerSettings
 from hedgerow.function import FunctionBackend, FunctionModel
 from hedgerow.lifecycle import run
-from hedgerow.messages import request_to_proto, response_from_proto
+from hedgerow.oip.messages import request_to_proto, response_from_proto
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
 from hedgerow.server import Server
 from hedgerow.tensors import InferRequest, ModelMetadata, TensorSpec, tensor

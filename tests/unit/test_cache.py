@@ -26,7 +26,8 @@ from hedgerow.errors import (
     ModelNotReady,
     Overloaded,
 )
-from hedgerow.host.model_host import ModelFile, ModelHost
+from hedgerow.host.model_host import ModelHost
+from hedgerow.host.settings import ModelFile
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Parameter, Tensor, TensorSpec, tensor
 
 PATIENCE_S = 60.0

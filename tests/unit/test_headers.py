@@ -259,7 +259,22 @@ def test_what_is_no_call_is_told_from_the_others_with_equal_names() -> None:
         [*CALL, ("", "x")],
         [*CALL, ("connection", "close")],
         [*CALL, ("te", "trailers")],
+        [*CALL, ("spa ce", "x")],
+        [*CALL, ("col:on", "x")],
+        [*CALL, ("line\n", "x")],
+        [*CALL, ("umläut", "x")],
+        *([*CALL, (f"y{where}", value)] for where, value in enumerate(["\0", "a\nb", "a\r", "\n", "\r\n b"])),
+        [*CALL[:2], (":path", "/a/b\r\nx: y"), *CALL[3:]],
+        [*CALL[:-1], ("x", "\n"), ("x", "2")],
     ],
 )
 def test_what_is_no_request_of_http2_is_malformed(pairs: Pairs) -> None:
     assert read_head("", pairs).malformed
+
+
+@pytest.mark.parametrize("value", ["a  b", "a \t b", "a\x7fb\xff", ""])
+def test_what_may_be_within_a_value_stays(value: str) -> None:
+    for blanks in ("", " ", "\t", " \t "):
+        assert read_head("", [*CALL, ("y", f"{blanks}{value}{blanks}"), ("z", "")]).metadata["y"] == value
+        assert read_head("", [*CALL, ("y", f"{blanks}{value}{blanks}")]).metadata["y"] == value
+        assert head(y=f"{value}{blanks}", grpc_timeout=f"{blanks}20m").timeout_s == 0.02

@@ -15,10 +15,13 @@ from hpack import Encoder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hedgerow.http2 import connection as http2
-from hedgerow.http2.connection import Code, Connection, ConnectionFault, Stream
+from hedgerow.http2 import frames as http2
+from hedgerow.http2.connection import Connection
+from hedgerow.http2.frames import Code, ConnectionFault
 from hedgerow.http2.grpc import GROWTH, PREFIX_BYTES, MessageReader, frame_message
 from hedgerow.http2.headers import header_block
+from hedgerow.http2.sending import BURST_BYTES
+from hedgerow.http2.stream import STREAM_WINDOW, Stream
 from hedgerow.wire import joined
 
 REQUEST = [(":method", "POST"), (":scheme", "http"), (":path", "/a"), (":authority", "x"), ("te", "trailers")]
@@ -41,10 +44,13 @@ class Side(Connection[Call, Pairs]):
     """A connection that keeps what it is told, and grants back what it takes while `taking`."""
 
     def __init__(self, *, client: bool = False, max_streams: int = 100) -> None:
-        super().__init__(client=client, convert=list, max_streams=max_streams, wake=lambda: None)
+        super().__init__(client=client, convert=list, max_streams=max_streams)
         self.calls: dict[int, Call] = {}
         self.taking = True
         self.pongs = 0
+
+    def _wake(self) -> None:
+        """Whoever tests takes when it wants."""
 
     def on_open(self, identity: int, headers: Pairs) -> Call:
         return self.call(identity, headers)
@@ -182,7 +188,7 @@ def test_the_answer_with_the_least_left_is_whole_first_and_none_starves() -> Non
     for identity in identities:
         side.send(side.calls[identity], ANSWER, bytes(2**18 if identity == 39 else 2**19), TRAILERS)
     for _ in range(2):
-        assert len(side.take()) < 2 * http2.BURST_BYTES
+        assert len(side.take()) < 2 * BURST_BYTES
     assert side.calls[39].finished
     assert sum(call.finished for call in side.calls.values()) == 1
     for _ in identities:  # one a turn
@@ -240,11 +246,11 @@ def test_nobody_can_have_more_kept_than_was_granted() -> None:
     peer = Peer(side)
     peer.h2.send_headers(1, REQUEST)
     with pytest.raises(AssertionError, match="no window"):
-        peer.upload(1, bytes(2 * http2.STREAM_WINDOW))
-    assert len(side.calls[1].data) == http2.STREAM_WINDOW
-    side.grant(side.calls[1], http2.STREAM_WINDOW)
+        peer.upload(1, bytes(2 * STREAM_WINDOW))
+    assert len(side.calls[1].data) == STREAM_WINDOW
+    side.grant(side.calls[1], STREAM_WINDOW)
     peer.exchange()
-    assert peer.h2.local_flow_control_window(1) == http2.STREAM_WINDOW
+    assert peer.h2.local_flow_control_window(1) == STREAM_WINDOW
     # And who does not keep to it is let go.
     over = frame(http2.DATA, 0, 1, bytes(2**19)) * 9
     with pytest.raises(ConnectionFault, match="more data than was granted to stream 1"):

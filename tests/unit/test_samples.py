@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from simulators import models
 
 from hedgerow.errors import InvalidInput, LinkError
-from hedgerow.messages import request_from_proto, request_to_proto
+from hedgerow.oip.messages import request_from_proto, request_to_proto
 from hedgerow.policies import Privacy
 from hedgerow.proto.link_pb2 import Request, Response, Sample, SampleReceipt
 from hedgerow.proto.oip_pb2 import ModelInferRequest

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from hedgerow.errors import DeadlineExceeded, HedgerowError, Overloaded, Unavailable
 from hedgerow.host.pace import MAX_PROOF_RUNS, PROOF_RUNS, Inlining, RunTimes
-from hedgerow.host.scheduling import PROBE_AFTER_S, BatchSettings, Run, Scheduler, Ticket
+from hedgerow.host.scheduling import PROBE_AFTER_S, Run, Scheduler, Ticket
+from hedgerow.host.settings import BatchSettings
 
 NEVER = float("inf")
 

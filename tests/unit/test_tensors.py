@@ -12,18 +12,16 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from hedgerow import messages
 from hedgerow.errors import EngineFault, HedgerowError, InvalidInput, Unsupported
-from hedgerow.messages import (
-    classified,
-    config_to_proto,
-    metadata_from_proto,
-    metadata_to_proto,
+from hedgerow.oip import messages
+from hedgerow.oip.classification import classified
+from hedgerow.oip.messages import (
     request_from_proto,
     request_to_proto,
     response_from_proto,
     response_to_proto,
 )
+from hedgerow.oip.model_metadata import config_to_proto, metadata_from_proto, metadata_to_proto
 from hedgerow.proto import oip_pb2
 from hedgerow.tensors import (
     InferRequest,

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from hedgerow.errors import HedgerowError
-from hedgerow.messages import request_from_proto, response_from_proto
+from hedgerow.oip.messages import request_from_proto, response_from_proto
 from hedgerow.proto import oip_pb2
 from hedgerow.proto.link_pb2 import Sample
 from hedgerow_cloud.learn.data import CLASSES, PIXELS, Images, fingerprints

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from hedgerow.backend import Deadline, ModelState, Snapshot
 from hedgerow.errors import BackendUnavailable, DeadlineExceeded, HedgerowError, ModelNotFound, Overloaded
-from hedgerow.remote.latency import LatencyWindow
+from hedgerow.latency import LatencyWindow
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata
 from hedgerow_cloud.serving.replica import VERSION
 

@@ -9,8 +9,9 @@ import msgspec
 from msgspec.structs import replace
 
 from hedgerow.backend import Backend, Deadline
-from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
-from hedgerow.telemetry.logs import TracingSettings
+from hedgerow.host.model_host import ModelHost
+from hedgerow.host.settings import HostSettings, ModelFile
+from hedgerow.telemetry.settings import TracingSettings
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata
 
 VERSION: Final = "1"

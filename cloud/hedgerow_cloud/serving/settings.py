@@ -8,11 +8,10 @@ import msgspec
 
 from hedgerow.config import Count, ServerSettings, Settings
 from hedgerow.errors import ConfigError
-from hedgerow.host.model_host import HostSettings
+from hedgerow.host.settings import HostSettings
 from hedgerow.processes.port import SHARED
 from hedgerow.processes.supervisor import SupervisorSettings
-from hedgerow.telemetry.diagnostics import MetricsSettings
-from hedgerow.telemetry.logs import TracingSettings
+from hedgerow.telemetry.settings import MetricsSettings, TracingSettings
 from hedgerow.traffic.tenants import TenantsSettings
 
 CORES_PER_PROCESS: Final = 4

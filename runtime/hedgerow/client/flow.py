@@ -12,7 +12,7 @@ import grpc
 from hedgerow.client.interface import Outcome
 from hedgerow.client.plans import Ask, Refused, message, result
 from hedgerow.errors import EngineFault, HedgerowError, InvalidInput
-from hedgerow.messages import response_from_proto
+from hedgerow.oip.messages import response_from_proto
 from hedgerow.parameters import FINAL, FINAL_ASKED, STATUS
 from hedgerow.proto import oip_pb2
 from hedgerow.remote.connection import parsed

@@ -24,7 +24,7 @@ from hedgerow.client.loop_thread import LoopThread
 from hedgerow.client.plans import Ask, Describe, IsReady, Plans, Refused, message, result
 from hedgerow.client.retries import MAX_ATTEMPTS
 from hedgerow.errors import DeadlineExceeded, HedgerowError
-from hedgerow.messages import classified
+from hedgerow.oip.classification import classified
 from hedgerow.proto import oip_pb2
 from hedgerow.rpc import public
 from hedgerow.telemetry.logs import REQUEST
@@ -143,7 +143,7 @@ class LocalClient(Blocking):
 
 
 class _Local:
-    """Takes steps by asking a backend as `hedgerow.service` would."""
+    """Takes steps by asking a backend as `hedgerow.oip.service` would."""
 
     def __init__(self, backend: Backend, timeout_s: float) -> None:
         self._backend = backend

@@ -8,7 +8,8 @@ from hedgerow.backend import Deadline
 from hedgerow.client.interface import InferOptions, Inputs, Options, Result
 from hedgerow.client.retries import Retries
 from hedgerow.errors import HedgerowError, InvalidInput, ModelNotFound, Unavailable
-from hedgerow.messages import CLASSIFICATION, request_to_proto
+from hedgerow.oip.classification import CLASSIFICATION
+from hedgerow.oip.messages import request_to_proto
 from hedgerow.parameters import CONFIDENCE, DEGRADED, PRIVACY, REASON, RELEASE, TIER
 from hedgerow.policies import Privacy
 from hedgerow.proto import oip_pb2

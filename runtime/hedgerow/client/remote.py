@@ -20,9 +20,11 @@ from hedgerow.client.loop_thread import CLOSED
 from hedgerow.client.plans import Ask, Describe, IsReady, Plans, message
 from hedgerow.client.retries import MAX_ATTEMPTS
 from hedgerow.errors import ConfigError, HedgerowError
-from hedgerow.messages import metadata_from_proto, response_from_bytes
+from hedgerow.oip.messages import response_from_bytes
+from hedgerow.oip.model_metadata import metadata_from_proto
 from hedgerow.proto import oip_pb2
 from hedgerow.remote.connection import SERVICE, parsed
+from hedgerow.remote.proof import proof, warn_of_eavesdroppers
 from hedgerow.rpc import received
 from hedgerow.tensors import TENANT_KEY, Origin
 
@@ -65,7 +67,7 @@ class Client(Blocking):
 
     def __init__(self, target: str, **options: Unpack[ConnectionOptions]) -> None:
         super().__init__(_plans(options))
-        credentials, arguments, self._proof = _credentials(options), _arguments(options), _proof(options)
+        credentials, arguments, self._proof = _reached(target, options)
         self._channel = (
             grpc.secure_channel(target, credentials, arguments)
             if credentials
@@ -132,7 +134,7 @@ class AsyncClient(Awaiting):
 
     def __init__(self, target: str, **options: Unpack[ConnectionOptions]) -> None:
         super().__init__(_plans(options))
-        credentials, arguments, self._proof = _credentials(options), _arguments(options), _proof(options)
+        credentials, arguments, self._proof = _reached(target, options)
         self._channel = (
             grpc.aio.secure_channel(target, credentials, arguments)
             if credentials
@@ -210,6 +212,16 @@ def _plans(options: ConnectionOptions) -> Plans:
     return Plans(options.get("timeout_s", DEFAULT_TIMEOUT_S), options.get("attempts", MAX_ATTEMPTS))
 
 
+def _reached(
+    target: str, options: ConnectionOptions
+) -> tuple[grpc.ChannelCredentials | None, list[tuple[str, Any]], _Metadata]:
+    """A channel's credentials and arguments, and what goes with every call on it."""
+    credentials, said = _credentials(options), proof(options.get("token", ""))
+    if said and credentials is None:
+        warn_of_eavesdroppers(target)
+    return credentials, _arguments(options), said
+
+
 def _arguments(options: ConnectionOptions) -> list[tuple[str, Any]]:
     max_message_bytes = options.get("max_message_bytes", MAX_MESSAGE_BYTES)
     return [
@@ -245,13 +257,6 @@ def _credentials(options: ConnectionOptions) -> grpc.ChannelCredentials | None:
     except ssl.SSLError as error:
         raise ConfigError(f"cert_file, key_file: {cert_file} and {key_file} are no certificate and its key") from error
     return grpc.ssl_channel_credentials(authority, key, certificate)
-
-
-def _proof(options: ConnectionOptions) -> _Metadata:
-    token = options.get("token", "")
-    if not (token.isascii() and token.isprintable()):
-        raise ConfigError("token: expected printable ASCII")
-    return (("authorization", f"Bearer {token}"),) if token else ()
 
 
 def _read(name: str, file: str | Path) -> bytes:

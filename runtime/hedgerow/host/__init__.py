@@ -1,1 +1,1 @@
-"""Models on this machine: `model_host` owns them, `batching` puts their requests together, `workers` runs them."""
+"""Models on this machine: `model_host` owns them, `loading` opens them, `batching` puts their requests together."""

@@ -32,9 +32,10 @@ from hedgerow.errors import (
     Unavailable,
 )
 from hedgerow.host.batch import Fit, Outcome, Runnable
-from hedgerow.host.scheduling import BatchSettings, Run, Scheduler, Ticket
+from hedgerow.host.scheduling import Run, Scheduler, Ticket
+from hedgerow.host.settings import BatchSettings
 from hedgerow.host.workers import Workers
-from hedgerow.remote.latency import LatencyWindow
+from hedgerow.latency import LatencyWindow
 from hedgerow.statistics import BatchCounts, Compute
 from hedgerow.tensors import InferRequest, InferResponse
 

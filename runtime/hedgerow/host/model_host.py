@@ -10,73 +10,20 @@ as its engine lets other Python threads run; against the rest, and against crash
 import asyncio
 import logging
 import math
-import os
-import time
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import Annotated
-
-import msgspec
 
 from hedgerow.backend import Deadline, ModelState, Snapshot
-from hedgerow.config import Count, Seconds, Settings
-from hedgerow.errors import EngineFault, ModelNotFound, ModelNotReady
+from hedgerow.errors import ModelNotFound, ModelNotReady
 from hedgerow.host.batch import Runnable
 from hedgerow.host.batching import Batcher
-from hedgerow.host.loading import ModelFile, file_bytes, open_model
-from hedgerow.host.scheduling import BatchSettings
-from hedgerow.host.workers import Abandoning
-from hedgerow.isolation.session import IsolationSettings
+from hedgerow.host.loading import Loader
+from hedgerow.host.room import ROOM_RETRY_S, leaving
+from hedgerow.host.settings import HostSettings, ModelFile
 from hedgerow.statistics import BatchCounts
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata
 
-__all__ = ["BatchSettings", "HostSettings", "ModelFile", "ModelHost", "Staged"]
-
-MEMORY_FACTOR = 1.5
-"""Memory that an open model takes, as a multiple of its file: the weights, often once more in the layout of the
-kernels, and what is between the layers."""
-ROOM_RETRY_S = 1.0
-"""When to ask again for a model that is being loaded, or that there is no room for."""
-
 log = logging.getLogger(__name__)
-
-
-class HostSettings(Settings, frozen=True, kw_only=True):
-    """How models are run on this machine."""
-
-    workers: Count = 2
-    """Batches of one model that run at the same time."""
-    engine_threads: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Threads that an engine uses for one batch; 0: the machine's cores shared among the workers."""
-    queue_size: Count = 512
-    """Requests for one model that wait for a worker; more are refused."""
-    batching: BatchSettings = BatchSettings()
-    models: dict[str, BatchSettings] = msgspec.field(default_factory=dict)
-    """By model, in place of `batching`."""
-    isolation: dict[str, IsolationSettings] = msgspec.field(default_factory=dict)
-    """Models that run in a process of their own, by name."""
-    drain_s: Seconds = 10.0
-    """How long requests in flight may take when their model is replaced or unloaded or the host closed. What takes
-    longer is left to end by itself."""
-    loaders: Count = 4
-    """Models that are loaded or closed at the same time."""
-    load_timeout_s: Seconds = 300.0
-    """Of loading a model, checksum and warming included, or closing it. After that it is given up, and what it has
-    taken of this process is lost until it comes back."""
-    max_hung_loads: Count = 4
-    """Models that were given up and have not come back. With so many, no more are loaded in this process."""
-    memory_budget_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """What all open models together may take; 0: no limit. See `MEMORY_FACTOR`. Leave room for a swap, during which a
-    model is open twice."""
-
-    def batch_settings(self, model: str) -> BatchSettings:
-        """Those of `model`, with real `instances` and `queue_size`."""
-        settings = self.models.get(model, self.batching)
-        if model in self.isolation:  # the event loop must not wait for a process that may hang
-            settings = msgspec.structs.replace(settings, inline_below_s=0.0)
-        return msgspec.structs.replace(
-            settings, instances=settings.instances or self.workers, queue_size=settings.queue_size or self.queue_size
-        )
 
 
 class Staged:
@@ -128,8 +75,7 @@ class ModelHost:
     def __init__(self, settings: HostSettings | None = None, *, name: str = "edge") -> None:
         self.settings = settings or HostSettings()
         self._name = name
-        self._loader = Abandoning(self.settings.loaders, self.settings.load_timeout_s, f"{name}-loader")
-        self._closing: set[asyncio.Future[None]] = set()
+        self._loader = Loader(self.settings, name, self._make_room)
         self._closed = False
         self._serving: dict[str, Staged] = {}
         self._files: dict[str, ModelFile] = {}
@@ -137,10 +83,7 @@ class ModelHost:
         self._left: set[Staged] = set()
         self._evicted: dict[str, ModelMetadata] = {}
         self._reloads: dict[str, asyncio.Future[Runnable]] = {}
-        self._load_s: dict[str, float] = {}
         self._uses = 0
-        self.memory_bytes = 0
-        """What all open models are taken to need."""
 
     @property
     def name(self) -> str:
@@ -155,7 +98,12 @@ class ModelHost:
     @property
     def hung_loads(self) -> int:
         """Models that hang in being loaded or closed: given up after `load_timeout_s` and not back yet."""
-        return self._loader.abandoned
+        return self._loader.hung
+
+    @property
+    def memory_bytes(self) -> int:
+        """What all open models are taken to need."""
+        return self._loader.memory_bytes
 
     async def stage(self, file: ModelFile) -> Staged:
         """`file`, open and warm beside what serves; nothing is served from it yet.
@@ -163,11 +111,11 @@ class ModelHost:
         Raises what `loading.open_model` does, `EngineFault` if that takes longer than `load_timeout_s`, and
         `ModelNotReady` if there is no room for it or too many hang. Ends in `activate` or `discard`.
         """
-        future, memory_bytes = self._open(file)
+        future, memory_bytes = self._loader.open(file)
         try:
             model = await asyncio.shield(future)
         except asyncio.CancelledError:
-            future.add_done_callback(partial(self._close_abandoned, memory_bytes))
+            future.add_done_callback(partial(self._loader.abandon, memory_bytes))
             raise
         staged = Staged(file, model, self, memory_bytes)
         self._staged.add(staged)
@@ -220,7 +168,7 @@ class ModelHost:
 
     def let_go(self, staged: Staged, model: Runnable) -> None:
         """Free the `model` of `staged`, which runs nothing any more, off the event loop."""
-        self.memory_bytes -= staged.memory_bytes
+        self._loader.memory_bytes -= staged.memory_bytes
 
         def closed(_: object = None) -> None:
             self._left.discard(staged)
@@ -230,7 +178,7 @@ class ModelHost:
             model.close()
             closed()
         else:
-            self._close(model).add_done_callback(closed)
+            self._loader.close(model).add_done_callback(closed)
 
     async def models(self) -> Sequence[ModelState]:
         """See `Backend`."""
@@ -331,90 +279,15 @@ class ModelHost:
                 "%s: %s still running after %g s and left to end by itself", self._name, names, self.settings.drain_s
             )
 
-    def _open(self, file: ModelFile) -> tuple["asyncio.Future[Runnable]", int]:
-        """`file` being opened on a thread, and the memory that was set aside for it."""
-        isolation = self.settings.isolation.get(file.model)
-        if isolation is None and self.hung_loads >= self.settings.max_hung_loads:
-            raise ModelNotReady(
-                f"{file.model} is not loaded: {self.hung_loads} models hang in this process while they are loaded or"
-                " closed, and until it is started again only isolated ones are loaded"
-            )
-        settings = self.settings.batch_settings(file.model)
-        threads = self.settings.engine_threads or max(1, (os.cpu_count() or 1) // settings.instances)
-        memory_bytes = int(MEMORY_FACTOR * file_bytes(file))
-        self._make_room(file, memory_bytes)
-        started = time.monotonic()
-        hangs = EngineFault(
-            f"{file.model} {file.version} cannot be loaded: it was not open within {self.settings.load_timeout_s:g} s"
-        )
-
-        def late(model: Runnable | None) -> None:
-            self.memory_bytes -= memory_bytes
-            log.warning("%s: %s %s has come back from being loaded", self._name, file.model, file.version)
-            if model is not None:
-                self._close(model)
-
-        future = self._loader.submit(
-            partial(
-                open_model,
-                file,
-                streams=settings.instances,
-                threads=threads,
-                batches=settings.max_batch_size > 1,
-                isolation=isolation,
-            ),
-            too_late=hangs,
-            late=late,
-            # What is unloaded to make room is closed before what needs the room is opened.
-            after=tuple(self._closing) if self.settings.memory_budget_bytes else (),
-        )
-        self.memory_bytes += memory_bytes
-
-        def opened(done: "asyncio.Future[Runnable]") -> None:
-            self._load_s[file.model] = time.monotonic() - started
-            if done.exception() is hangs:  # it keeps its memory
-                log.error("%s: %s", self._name, hangs)
-            elif done.exception() is not None:
-                self.memory_bytes -= memory_bytes
-
-        future.add_done_callback(opened)
-        return future, memory_bytes
-
-    def _close(self, model: Runnable) -> "asyncio.Future[None]":
-        """`model` being closed on a thread."""
-        name = f"{model.metadata.name} {model.version}"
-        future = self._loader.submit(
-            model.close, too_late=EngineFault(f"{name} was not closed within {self.settings.load_timeout_s:g} s")
-        )
-        self._closing.add(future)
-
-        def closed(done: "asyncio.Future[None]") -> None:
-            self._closing.discard(done)
-            if (error := done.exception()) is not None:
-                log.error("%s: closing %s failed: %s", self._name, name, error)
-
-        future.add_done_callback(closed)
-        return future
-
     def _make_room(self, file: ModelFile, memory_bytes: int) -> None:
         """Unload what was used longest ago until `file` fits, or raise `ModelNotReady`."""
-        budget_bytes = self.settings.memory_budget_bytes
-        missing = self.memory_bytes + memory_bytes - budget_bytes if budget_bytes else 0
-        idle = [
-            staged
-            for staged in self._serving.values()
-            if not staged.users and not staged.file.pinned and staged.file.model != file.model
-        ]
-        if missing > sum(staged.memory_bytes for staged in idle):  # all of them would go for nothing
-            raise ModelNotReady(
-                f"there is no room for {file.model}: it needs about {memory_bytes} bytes, and"
-                f" {self.memory_bytes} of {budget_bytes} are taken by models in use",
-                retry_after_s=ROOM_RETRY_S,
-            )
-        for oldest in sorted(idle, key=lambda staged: staged.used):
-            if missing <= 0:
-                break
-            missing -= oldest.memory_bytes
+        for oldest in leaving(
+            file,
+            memory_bytes,
+            self._serving.values(),
+            taken_bytes=self.memory_bytes,
+            budget_bytes=self.settings.memory_budget_bytes,
+        ):
             log.info("%s: unloading %s to make room for %s", self._name, oldest.file.model, file.model)
             del self._serving[oldest.file.model]
             self._evicted[oldest.file.model] = oldest.metadata
@@ -432,11 +305,11 @@ class ModelHost:
         loading = self._reloads.get(model)
         if loading is None:
             file = self._files[model]
-            loading, memory_bytes = self._open(file)
+            loading, memory_bytes = self._loader.open(file)
             self._reloads[model] = loading
             loading.add_done_callback(partial(self._came_back, file, memory_bytes))
         too_late = ModelNotReady(f"model {model} is being loaded again", retry_after_s=ROOM_RETRY_S)
-        if deadline.remaining < self._load_s.get(model, 0.0):
+        if deadline.remaining < self._loader.load_s.get(model, 0.0):
             raise too_late
         try:
             async with asyncio.timeout(None if math.isinf(deadline.at) else deadline.remaining):
@@ -457,8 +330,3 @@ class ModelHost:
             self._serve(staged)
         else:  # it was unloaded or replaced meanwhile
             staged.retire()
-
-    def _close_abandoned(self, memory_bytes: int, opening: "asyncio.Future[Runnable]") -> None:
-        if opening.exception() is None:
-            self._close(opening.result())
-            self.memory_bytes -= memory_bytes

@@ -14,13 +14,11 @@ Times are seconds on the monotonic clock.
 from collections import deque
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Generic, TypeVar
+from typing import Generic, TypeVar
 
-import msgspec
-
-from hedgerow.config import Count, Seconds, Settings
 from hedgerow.errors import DeadlineExceeded, Overloaded, Unavailable
 from hedgerow.host.pace import GAIN, Inlining, RunTimes
+from hedgerow.host.settings import BatchSettings
 
 PROBE_AFTER_S = 1.0
 """What was measured this long ago, or longer ago than a run is said to take, no longer keeps a request out that finds
@@ -33,32 +31,6 @@ EFFICIENCY = 0.75
 """Rows a second that a batch made smaller for an urgent request must still do, as a share of what a full one does."""
 STUCK_RETRY_S = 5.0
 """When to ask a model again whose instances all hang."""
-
-
-class BatchSettings(Settings, frozen=True, kw_only=True):
-    """How requests for one model are queued and put together."""
-
-    max_batch_size: Count = 32
-    """Rows of one run; 1: never together. A request with more runs alone."""
-    max_batch_bytes: Count = 2 * 2**20
-    """Of inputs that are put together for one run. Rows that are larger run one by one: for a processor, putting them
-    together costs more than it saves, and the memory for it stays with the engine. An accelerator may want more."""
-    max_delay_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    """How long a free instance waits for more rows; 0: it takes what has arrived."""
-    preferred_sizes: tuple[Count, ...] = ()
-    """Batches are padded to the next of these, for engines that compile anew for each size."""
-    instances: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Batches that run at the same time; 0: as the host's `workers` says."""
-    queue_size: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Requests that wait; more are refused. 0: as the host says."""
-    priority_levels: Count = 3
-    """Levels that a request's `priority` may name, 1 the highest; 0, or one beyond them, is the middle."""
-    ageing_s: Seconds = 1.0
-    """How much longer than a request of the next higher level one waits at most, all else being equal."""
-    inline_below_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0005
-    """Runs that are proved to be shorter are made on the event loop (see `pace.Inlining`); 0: none."""
-    hang_after_s: Seconds = 30.0
-    """A run that takes longer is given up: it hangs."""
 
 
 class Ticket:

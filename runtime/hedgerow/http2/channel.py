@@ -6,20 +6,22 @@ call, and finishes what it can.
 """
 
 import asyncio
+import re
 import ssl
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from functools import partial
+from collections.abc import AsyncGenerator, Sequence
+from functools import lru_cache, partial
 from typing import Final
 
 import grpc
 
 from hedgerow import rpc
-from hedgerow.errors import DeadlineExceeded, EngineFault, HedgerowError, Overloaded, Unavailable
-from hedgerow.http2.connection import Code, ConnectionFault, Stream
+from hedgerow.errors import DeadlineExceeded, EngineFault, HedgerowError, InvalidInput, Overloaded, Unavailable
+from hedgerow.http2.frames import Code, ConnectionFault
 from hedgerow.http2.grpc import MessageReader, format_timeout, frame_message, unquote
-from hedgerow.http2.headers import TABLE_BYTES, HeaderWriter
+from hedgerow.http2.headers import MAX_REMEMBERED, TABLE_BYTES, HeaderWriter
 from hedgerow.http2.sockets import SocketConnection, new_space
+from hedgerow.http2.stream import Stream
 from hedgerow.wire import Serialised
 
 MAX_STREAMS = 1000
@@ -32,7 +34,8 @@ clients that ask more often than every five minutes; calls have deadlines beside
 CANNOT_CONNECT: Final = "cannot connect"
 GIVEN_UP: Final = "the connection was given up"
 
-Metadata = Iterable[tuple[str, str]]
+Metadata = Sequence[tuple[str, str]]
+_NAME: Final = re.compile(r"[0-9a-z_.-]+")
 _STATUSES: Final = {status.value[0]: status for status in grpc.StatusCode}
 _HTTP: Final = {
     "401": grpc.StatusCode.UNAUTHENTICATED,
@@ -48,7 +51,10 @@ _Pairs = dict[str, str]
 
 
 class Channel:
-    """Calls to one address ("host:port"). Belongs to one event loop; raises the errors of `hedgerow.errors`."""
+    """Calls to one address ("host:port"). Belongs to one event loop; raises the errors of `hedgerow.errors`.
+
+    `metadata` goes with every call, for hardly more than nothing: the server's table remembers it.
+    """
 
     def __init__(
         self,
@@ -59,7 +65,9 @@ class Channel:
         tls: ssl.SSLContext | None = None,
         connect_timeout_s: float,
         max_message_bytes: int,
+        metadata: Metadata = (),
     ) -> None:
+        self._metadata = _encoded(metadata)
         self.max_message_bytes = max_message_bytes
         self._host, self._port = host, port
         self._authority = authority or rpc.address(host, port)
@@ -129,8 +137,9 @@ class Channel:
         self._closed = True
         if self._connecting is not None:
             self._connecting.cancel()
-        if self._connection is not None:
-            self._connection.close()
+        connection, self._connection = self._connection, None  # they would keep each other
+        if connection is not None:
+            connection.close()
 
     async def _standing(self) -> "_Connection":
         try:
@@ -181,6 +190,7 @@ class Channel:
             (b"te", b"trailers"),
             (b"content-type", b"application/grpc"),
             (b"grpc-accept-encoding", b"identity,gzip,deflate"),
+            *self._metadata,
         )
 
 
@@ -214,7 +224,7 @@ class _Connection(SocketConnection[_Stream, _Pairs]):
     """One connection to the server."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, channel: Channel) -> None:
-        super().__init__(client=True, convert=dict, max_streams=MAX_STREAMS, wake=self._wake_up)
+        super().__init__(client=True, convert=dict, max_streams=MAX_STREAMS)
         self.settled: asyncio.Future[None] = loop.create_future()
         self._loop = loop
         self._channel = channel
@@ -226,6 +236,7 @@ class _Connection(SocketConnection[_Stream, _Pairs]):
 
     async def open(self, path: str, request: Serialised, timeout_s: float, metadata: Metadata) -> _Stream:
         """A call that is on its way."""
+        said = _encoded(metadata)
         deadline = self._loop.time() + timeout_s
         while len(self.streams) >= self._max_streams and not self.closing:
             room = self._loop.create_future()
@@ -244,7 +255,7 @@ class _Connection(SocketConnection[_Stream, _Pairs]):
         stream = _Stream(self.next_id(), self.initial_window, self._loop)
         self.streams[stream.id] = stream
         self.watch(stream, deadline)
-        once = [(b"grpc-timeout", timeout.encode()), *((key.encode(), value.encode()) for key, value in metadata)]
+        once = [(b"grpc-timeout", timeout.encode()), *said]
         # A table smaller than every side's own is not worth keeping a second one in step with.
         block = self._writer.write(head, once, remember=self.table_bytes >= TABLE_BYTES)
         self.send(stream, block, frame_message(request), b"")
@@ -344,6 +355,26 @@ class _Connection(SocketConnection[_Stream, _Pairs]):
         """See `SocketConnection`."""
         stream.end(DeadlineExceeded("the deadline passed without an answer"))
         self.reset(stream, Code.CANCEL)
+
+
+def _encoded(metadata: Metadata) -> list[tuple[bytes, bytes]]:
+    """`metadata` as it is sent; raises `InvalidInput` for what gRPC does not take for a name or a value.
+
+    The message does not say the value, which may be a secret.
+    """
+    for name, value in metadata:
+        if not _is_name(name):
+            raise InvalidInput(
+                f"metadata {name[:40]!r}: expected a name of lower-case letters, digits, '_', '-' and '.'"
+            )
+        if not (value.isascii() and value.isprintable()):
+            raise InvalidInput(f"metadata {name!r}: expected a value of printable ASCII")
+    return [(name.encode(), value.encode()) for name, value in metadata]
+
+
+@lru_cache(MAX_REMEMBERED)
+def _is_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
 
 
 def _fault(headers: _Pairs) -> HedgerowError | None:

@@ -20,6 +20,9 @@ MAX_REMEMBERED = 128
 _REQUIRED: Final = frozenset({":method", ":scheme", ":path"})
 _PSEUDO: Final = _REQUIRED | {":authority"}
 _OF_HTTP1: Final = frozenset({"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"})
+_NAME: Final = re.compile("[!-9;-@\\[-~]+")
+"""Of a header, in lower case (RFC 9113, 8.2.1)."""
+_BLANKS: Final = " \t"
 _CONTENT_TYPE: Final = re.compile(r"application/grpc($|[+;])")
 
 
@@ -45,6 +48,12 @@ def read_head(compression: str, pairs: Sequence[Pair]) -> Head:
     shape = _shape(tuple([name for name, _ in pairs]))
     if shape is None:
         return Head(malformed=True)
+    # One look at all values together: many are new in each call, hardly one holds what it must not.
+    text = " ".join([value for _, value in pairs])
+    if "\0" in text or "\r" in text or "\n" in text:
+        return Head(malformed=True)
+    if "  " in text or "\t" in text or text[-1] == " ":  # perhaps at an end; gRPC allows it, and to strip it
+        pairs = [(name, value.strip(_BLANKS)) for name, value in pairs]
     metadata = dict(pairs[shape.pseudo :])
     for name in shape.binary:
         metadata.pop(name, None)
@@ -87,7 +96,7 @@ def _shape(names: tuple[str, ...]) -> _Shape | None:
     pseudo, rest = set(names[:count]), names[count:]
     if len(pseudo) != count or not _REQUIRED <= pseudo <= _PSEUDO:
         return None  # one is missing, unknown, there twice, or behind the others
-    if any(not name or name != name.lower() or name in _OF_HTTP1 for name in rest) or rest.count("te") > 1:
+    if any(not _NAME.fullmatch(name) or name in _OF_HTTP1 for name in rest) or rest.count("te") > 1:
         return None
     binary = [name for name in rest if name.endswith("-bin")]
     return _Shape(names.index(":method"), names.index(":path"), count, binary)

@@ -4,7 +4,9 @@ import asyncio
 import math
 from typing import TypeVar, cast
 
-from hedgerow.http2.connection import Connection, ConnectionFault, Stream
+from hedgerow.http2.connection import Connection
+from hedgerow.http2.frames import ConnectionFault
+from hedgerow.http2.stream import Stream
 
 READ_BYTES = 2**19
 """What is read at a time: enough to spend little on each read, few enough to stay in the processor's cache."""
@@ -28,6 +30,8 @@ class SocketConnection(Connection[S, H], asyncio.BufferedProtocol):
 
     A subclass sets `_timer` to `_look` now and then whether the other side is there. One alarm watches over the
     deadlines of all streams: most end long before, and setting one up for each costs more than looking through them.
+    `hedgerow.alarms` does the same for things without a list of their own; here, where `streams` is one, which is
+    bounded, its heap would double what it costs to open a stream and let it end.
     """
 
     _transport: asyncio.Transport | None = None
@@ -41,7 +45,7 @@ class SocketConnection(Connection[S, H], asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.BufferedProtocol`."""
         self._transport = cast("asyncio.Transport", transport)
-        self._wake_up()
+        self._wake()
 
     def get_buffer(self, _: int) -> memoryview:
         """See `asyncio.BufferedProtocol`."""
@@ -71,7 +75,7 @@ class SocketConnection(Connection[S, H], asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """See `asyncio.BufferedProtocol`."""
         self._paused = False
-        self._wake_up()
+        self._wake()
 
     def watch(self, stream: S, deadline: float) -> None:
         """Have `on_expired` told if `stream` is still there at `deadline`, by the monotonic clock."""
@@ -111,7 +115,7 @@ class SocketConnection(Connection[S, H], asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def _wake_up(self) -> None:
+    def _wake(self) -> None:
         if not self._flushing and not self._paused:
             self._flushing = True
             self._loop.call_soon(self._flush)

@@ -22,7 +22,7 @@ from hedgerow import errors
 from hedgerow.config import Seconds, Settings
 from hedgerow.errors import EngineFault, HedgerowError, InvalidInput
 from hedgerow.isolation.child import Answer, Failed, Lane, Opened, Run
-from hedgerow.isolation.restarts import RestartSettings
+from hedgerow.restarts import RestartSettings
 
 WATCH_S = 0.1
 """How often, at most, somebody who waits for a run looks at the process's memory."""

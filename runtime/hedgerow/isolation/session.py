@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from hedgerow.errors import EngineFault, HedgerowError, ModelNotReady
 from hedgerow.isolation.child import Lane
 from hedgerow.isolation.process import EXIT_S, IsolationSettings, Lost, ModelProcess
-from hedgerow.isolation.restarts import Restarts
+from hedgerow.restarts import Restarts
 from hedgerow.tensors import TensorSpec, numpy_dtype
 
 __all__ = ["IsolatedSession", "IsolationSettings", "open_isolated"]

@@ -19,9 +19,9 @@ import msgspec
 
 from hedgerow.config import Seconds, Settings
 from hedgerow.errors import ConfigError, HedgerowError
-from hedgerow.isolation.restarts import Restarts, RestartSettings
 from hedgerow.lifecycle import EXIT_CONFIG
 from hedgerow.processes.line import Report, frame, read_frame
+from hedgerow.restarts import Restarts, RestartSettings
 
 LISTEN_S = 30.0
 """How long a process that has all it needs may take to listen."""

@@ -27,14 +27,14 @@ from hedgerow.errors import (
     ModelNotFound,
     Overloaded,
 )
-from hedgerow.messages import request_to_wire, response_from_bytes
+from hedgerow.latency import LatencyWindow
+from hedgerow.oip.messages import request_to_wire, response_from_bytes
 from hedgerow.proto import oip_pb2
 from hedgerow.remote.admission import Admission, Load
 from hedgerow.remote.breaker import RetryBudget
 from hedgerow.remote.connection import FIRST_HOP, Metadata, parsed
 from hedgerow.remote.endpoint import Endpoint
 from hedgerow.remote.known import KnownModels
-from hedgerow.remote.latency import LatencyWindow
 from hedgerow.remote.pool import Pool, Resolve, Targets, addresses
 from hedgerow.remote.settings import RemoteSettings, Target
 from hedgerow.remote.streams import plain, streamed

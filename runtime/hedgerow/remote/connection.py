@@ -17,6 +17,7 @@ from hedgerow import rpc
 from hedgerow.errors import BackendUnavailable, ConfigError, EngineFault, HedgerowError, Unavailable
 from hedgerow.http2.channel import CANNOT_CONNECT, GIVEN_UP, Channel
 from hedgerow.proto import oip_pb2
+from hedgerow.remote.proof import proof
 from hedgerow.tensors import HOPS_KEY
 from hedgerow.wire import Serialised, joined
 
@@ -62,10 +63,10 @@ class Connection(Protocol):
 
 
 class Connector:
-    """Makes connections that differ in nothing but where they lead. Raises `ConfigError` for files it can't use.
+    """Makes connections that differ in nothing but where they lead. Raises `ConfigError` for what it can't use.
 
     `ca_file` is the PEM file of the authority to trust; empty: in the clear. `cert_file` and `key_file` say who we are,
-    to those who ask. Not `native`, it is by grpc.aio.
+    to those who ask; `token` does with every call. Not `native`, it is by grpc.aio.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Connector:
         ca_file: str,
         cert_file: str = "",
         key_file: str = "",
+        token: str = "",
         connect_timeout_s: float,
         max_message_bytes: int,
         native: bool = True,
@@ -93,6 +95,7 @@ class Connector:
                 files = ", ".join(filter(None, (ca_file, cert_file, key_file)))
                 raise ConfigError(f"ca_file, cert_file, key_file: cannot use {files}: {error.strerror}") from error
             self._tls.set_alpn_protocols(["h2"])
+        self._proof = proof(token)
         self._native = native
         self._connect_timeout_s = connect_timeout_s
         self._max_message_bytes = max_message_bytes
@@ -118,6 +121,7 @@ class Connector:
                 tls=self._tls,
                 connect_timeout_s=self._connect_timeout_s,
                 max_message_bytes=self._max_message_bytes,
+                metadata=self._proof,
             )
             return _NativeConnection(channel)
         options = list(self._options)
@@ -126,8 +130,8 @@ class Connector:
         elif authority:
             options.append(("grpc.default_authority", authority))
         if self._credentials is None:
-            return _GrpcConnection(grpc.aio.insecure_channel(address, options))
-        return _GrpcConnection(grpc.aio.secure_channel(address, self._credentials, options))
+            return _GrpcConnection(grpc.aio.insecure_channel(address, options), self._proof)
+        return _GrpcConnection(grpc.aio.secure_channel(address, self._credentials, options), self._proof)
 
 
 def parsed(read: Callable[[bytes], T], raw: bytes, server: str) -> T:
@@ -173,10 +177,11 @@ def _path(method: str) -> str:
 
 
 class _GrpcConnection:
-    """A grpc.aio channel as a `Connection`."""
+    """A grpc.aio channel as a `Connection`; `always` goes with every call."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, always: Metadata) -> None:
         self._channel = channel
+        self._always = always
         self._calls: dict[str, _Unary] = {}
 
     @property
@@ -197,7 +202,7 @@ class _GrpcConnection:
         if call is None:
             call = self._calls[method] = self._channel.unary_unary(_path(method))
         try:
-            return await call(joined(request), timeout=timeout_s, metadata=metadata)
+            return await call(joined(request), timeout=timeout_s, metadata=self._always + metadata)
         except grpc.aio.AioRpcError as error:
             raise _received(error) from error
         except grpc.aio.UsageError:
@@ -210,7 +215,7 @@ class _GrpcConnection:
         self, method: str, request: Serialised, timeout_s: float, metadata: Metadata = ()
     ) -> AsyncGenerator[bytes, None]:
         start: _Stream = self._channel.stream_stream(_path(method))
-        call = start(iter([joined(request)]), timeout=timeout_s, metadata=metadata)
+        call = start(iter([joined(request)]), timeout=timeout_s, metadata=self._always + metadata)
         try:
             async for answer in call:
                 yield answer

@@ -26,13 +26,13 @@ from hedgerow.errors import (
     Unavailable,
     Unsupported,
 )
+from hedgerow.latency import LatencyWindow, PeakLatency
 from hedgerow.lifecycle import InFlight
 from hedgerow.proto import oip_pb2
 from hedgerow.remote.balancing import Conduct
 from hedgerow.remote.breaker import Breaker
 from hedgerow.remote.connection import FIRST_HOP, Connection, Connector, Metadata, meant, parsed
 from hedgerow.remote.known import KnownModels
-from hedgerow.remote.latency import LatencyWindow, PeakLatency
 from hedgerow.remote.settings import RemoteSettings
 from hedgerow.wire import Serialised
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from google.protobuf.message import Message
 
 from hedgerow.errors import DeadlineExceeded, HedgerowError, NotFound, Unavailable
-from hedgerow.messages import metadata_from_proto
+from hedgerow.oip.model_metadata import metadata_from_proto
 from hedgerow.proto import oip_pb2
 from hedgerow.remote.connection import parsed
 from hedgerow.tensors import ModelMetadata

@@ -19,7 +19,7 @@ any answer cost the others none. Where callers have hardly more time than an ans
 `least`: there is no room for the spread of the answers.
 """
 
-from hedgerow.remote.latency import BEYOND
+from hedgerow.latency import BEYOND
 
 WINDOW = 16
 """Requests to one step of the pace."""

@@ -9,11 +9,12 @@ from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
 
 from hedgerow import rpc
 from hedgerow.errors import ConfigError
+from hedgerow.latency import LatencyWindow
 from hedgerow.remote import balancing
 from hedgerow.remote.connection import Connector
 from hedgerow.remote.endpoint import Address, Endpoint
 from hedgerow.remote.known import KnownModels
-from hedgerow.remote.latency import LatencyWindow
+from hedgerow.remote.proof import warn_of_eavesdroppers
 from hedgerow.remote.settings import RemoteSettings, Target
 
 MAX_ADDRESSES = 64
@@ -62,6 +63,7 @@ class Pool:
             ca_file=settings.ca_file,
             cert_file=settings.cert_file,
             key_file=settings.key_file,
+            token=settings.token,
             connect_timeout_s=settings.connect_timeout_s,
             max_message_bytes=settings.max_message_bytes,
             native=settings.transport == "native",
@@ -102,6 +104,8 @@ class Pool:
         wanted = tuple(one if isinstance(one, Target) else Target(address=one) for one in given)
         for target in wanted:
             _split(target.address)
+            if self._settings.token and not self._settings.ca_file and target not in self._targets:
+                warn_of_eavesdroppers(target.address)
         self._targets = wanted
         self._settle()
         self._look.set()

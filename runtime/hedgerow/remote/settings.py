@@ -26,6 +26,9 @@ class RemoteSettings(Settings, frozen=True, kw_only=True):
     cert_file: str = ""
     """PEM file with a certificate of ours, for endpoints that ask who we are (`tenants.trusted_routers` there)."""
     key_file: str = ""
+    token: str = ""
+    """What endpoints know us by (`tenants.named` there), sent with every call as "authorization: Bearer TOKEN"; empty:
+    nothing. A secret: beyond this machine take `ca_file` with it, or anyone on the way can read it."""
     zone: str = ""
     """Where we are: endpoints of the same zone are preferred while most of them are well. Empty: no preference."""
     resolve_s: Seconds = 30.0

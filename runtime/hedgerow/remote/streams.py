@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 from msgspec.structs import replace
 
-from hedgerow.messages import response_from_proto
+from hedgerow.oip.messages import response_from_proto
 from hedgerow.parameters import FINAL, FINAL_ASKED, STATUS
 from hedgerow.proto import oip_pb2
 from hedgerow.remote.connection import meant, parsed

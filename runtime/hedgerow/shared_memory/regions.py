@@ -20,7 +20,7 @@ import msgspec
 
 from hedgerow.config import Count, Settings
 from hedgerow.errors import HedgerowError, InvalidInput, NotFound, Overloaded, Unavailable
-from hedgerow.messages import Raw
+from hedgerow.oip.messages import Raw
 
 FOLDER = Path("/dev/shm")  # noqa: S108 (what is in it is opened with the care that the rules above tell)
 """Where Linux keeps POSIX shared memory."""

@@ -12,7 +12,8 @@ import msgspec
 import numpy as np
 
 from hedgerow.errors import EngineFault, InvalidInput, Overloaded
-from hedgerow.messages import CLASSIFICATION, Raw, Raws, response_to_proto, to_raw
+from hedgerow.oip.classification import CLASSIFICATION
+from hedgerow.oip.messages import Raw, Raws, response_to_proto, to_raw
 from hedgerow.proto import oip_pb2
 from hedgerow.shared_memory.regions import Region, Regions
 from hedgerow.tensors import DTYPES, InferResponse, Tensor

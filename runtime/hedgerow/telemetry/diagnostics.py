@@ -10,12 +10,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Annotated, Final, Self
-
-import msgspec
+from typing import Final, Self
 
 from hedgerow import rpc
-from hedgerow.config import Settings
 from hedgerow.errors import ConfigError, HedgerowError
 
 MAX_CONNECTIONS = 16
@@ -27,13 +24,6 @@ TIMEOUT_S = 5.0
 PLAIN: Final = "text/plain; charset=utf-8"
 
 log = logging.getLogger(__name__)
-
-
-class MetricsSettings(Settings, frozen=True, kw_only=True):
-    """Where metrics, liveness and readiness are served, for Prometheus and the like."""
-
-    listen: Annotated[str, msgspec.Meta(pattern=r"^$|^(\[[0-9a-fA-F:]+\]|[^\s:/]+):[0-9]{1,5}$")] = "127.0.0.1:9464"
-    """"host:port"; with port 0, any free one. Empty: nowhere. Whoever reaches it may read it."""
 
 
 @dataclass(frozen=True, slots=True)

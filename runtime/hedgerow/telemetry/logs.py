@@ -1,6 +1,6 @@
 """Logging: a record a line, as text or JSON, under the names of our modules, with the request that it concerns.
 
-Loggers are the usual ``logging.getLogger(__name__)``: ``hedgerow.service``, ``hedgerow_edge.agent``,
+Loggers are the usual ``logging.getLogger(__name__)``: ``hedgerow.oip.service``, ``hedgerow_edge.agent``,
 ``hedgerow_cloud.fleet.service``. Libraries below us only speak up from WARNING on. Metrics are in `metrics`,
 traces in `tracing`.
 """
@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import IO, ClassVar, Final, Literal
 
-from hedgerow.config import Seconds, Settings, Share
 from hedgerow.tensors import InferRequest
 
 PACKAGES = ("hedgerow", "hedgerow_edge", "hedgerow_cloud")
@@ -34,27 +33,8 @@ REQUEST: ContextVar[InferRequest | None] = ContextVar("request", default=None)
 """The request that is being worked on here."""
 
 
-class LogSettings(Settings, frozen=True, kw_only=True):
-    """What is said, and how."""
-
-    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    format: Literal["text", "json"] = "text"
-
-
-class TracingSettings(Settings, frozen=True, kw_only=True):
-    """Where traces go."""
-
-    endpoint: str = ""
-    """A collector that takes OTLP over gRPC, as "http://host:4317" or "https://…"; empty: there are no traces."""
-    sample: Share = 1.0
-    """Share of the requests without a trace of their own that begin one; callers' traces are followed as they say."""
-    service: str = "hedgerow"
-    timeout_s: Seconds = 5.0
-    """Of one attempt to send spans."""
-
-
 class LineFormatter(logging.Formatter):
-    """``2026-11-24T21:20:00.123Z INFO hedgerow.service message [digits 4711]``; a traceback has lines of its own.
+    """``2026-11-24T21:20:00.123Z INFO hedgerow.oip.service message [digits 4711]``; a traceback has lines of its own.
 
     The brackets have the model and the id of the request that the record concerns, if it concerns one. Control
     characters in a message are escaped, because names in it may come from callers.

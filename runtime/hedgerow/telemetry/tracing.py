@@ -17,7 +17,7 @@ from hedgerow import __version__
 from hedgerow.backend import Around, Backend, Deadline
 from hedgerow.errors import ConfigError, HedgerowError, MissingExtra
 from hedgerow.rpc import Call, Method, Methods
-from hedgerow.telemetry.logs import TracingSettings
+from hedgerow.telemetry.settings import TracingSettings
 from hedgerow.tensors import InferRequest, InferResponse
 from hedgerow.wire import Serialised
 

@@ -23,8 +23,8 @@ from msgspec.structs import replace
 from hedgerow.backend import Around, Backend, Deadline
 from hedgerow.config import Count, Seconds, Settings, Share
 from hedgerow.errors import DeadlineExceeded, HedgerowError
+from hedgerow.latency import LatencyWindow
 from hedgerow.policies import Privacy
-from hedgerow.remote.latency import LatencyWindow
 from hedgerow.tensors import InferRequest, InferResponse, Origin, Tensor
 from hedgerow.traffic.agreement import ByValue, Compare, Comparison
 from hedgerow.traffic.facts import payload_bytes, privacy

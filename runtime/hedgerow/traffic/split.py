@@ -21,10 +21,10 @@ from msgspec.structs import replace
 
 from hedgerow.backend import Backend, Deadline, ModelState, Snapshot
 from hedgerow.errors import ConfigError, Forbidden, HedgerowError, InvalidInput, Unavailable
+from hedgerow.latency import LatencyWindow
 from hedgerow.lifecycle import InFlight
 from hedgerow.parameters import PRIVACY, SPLIT, SPLIT_REASON, STICKY
 from hedgerow.policies import Privacy
-from hedgerow.remote.latency import LatencyWindow
 from hedgerow.tensors import InferRequest, InferResponse, ModelMetadata, Parameter
 from hedgerow.traffic.facts import privacy
 from hedgerow.traffic.rendezvous import Points, by_key, by_point

@@ -27,12 +27,13 @@ from hedgerow.errors import (
     Unavailable,
     Unsupported,
 )
-from hedgerow.http2.connection import Code, Stream
+from hedgerow.http2.frames import Code
 from hedgerow.http2.grpc import MessageReader, frame_message, quote
 from hedgerow.http2.headers import header_block
 from hedgerow.http2.heads import Head, read_head
 from hedgerow.http2.shedding import Shedding
 from hedgerow.http2.sockets import SocketConnection, new_space
+from hedgerow.http2.stream import Stream
 from hedgerow.identity import name_of_peer
 from hedgerow.lifecycle import InFlight
 from hedgerow.rpc import Method, Methods
@@ -212,7 +213,7 @@ class _Connection(SocketConnection[_Stream, Head]):
 
     def __init__(self, listener: NativeListener, loop: asyncio.AbstractEventLoop) -> None:
         convert = partial(read_head, listener.settings.compression)
-        super().__init__(client=False, convert=convert, max_streams=MAX_STREAMS, wake=self._wake_up)
+        super().__init__(client=False, convert=convert, max_streams=MAX_STREAMS)
         self._listener = listener
         self._space = listener.space
         self._loop = loop

@@ -20,7 +20,7 @@ from simulators.http2 import PREFACE, RawConnection, call_fields, reset, setting
 from simulators.victims import BIG, ECHO, SLOW, Victim, message
 
 from hedgerow.config import environment
-from hedgerow.messages import response_from_proto
+from hedgerow.oip.messages import response_from_proto
 from hedgerow.proto import oip_pb2, oip_pb2_grpc
 
 LONG_S = 30.0

@@ -9,7 +9,8 @@ from engine import read_job
 
 from hedgerow import lifecycle
 from hedgerow.config import ServerSettings
-from hedgerow.host.model_host import HostSettings, ModelFile, ModelHost
+from hedgerow.host.model_host import ModelHost
+from hedgerow.host.settings import HostSettings, ModelFile
 from hedgerow.server import Server
 
 

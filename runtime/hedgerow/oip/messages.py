@@ -1,4 +1,4 @@
-"""The Open Inference Protocol's messages, to and from the objects of `hedgerow.tensors`: here and nowhere else.
+"""The Open Inference Protocol's requests and answers, to and from those of `hedgerow.tensors`: here and nowhere else.
 
 Rules of the conversions:
 
@@ -12,29 +12,27 @@ Rules of the conversions:
 
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from hedgerow import wire
 from hedgerow.errors import EngineFault, HedgerowError, InvalidInput, Unsupported
+from hedgerow.oip.classification import CLASSIFICATION
 from hedgerow.proto import oip_pb2
 from hedgerow.tensors import (
     DTYPES,
     NOWHERE,
     InferRequest,
     InferResponse,
-    ModelMetadata,
     Origin,
     Parameter,
     Tensor,
-    TensorSpec,
     check_distinct,
     objects,
 )
@@ -43,8 +41,6 @@ Raw = bytes | memoryview
 """The bytes of one tensor."""
 Raws = Sequence[Raw]
 
-CLASSIFICATION = "classification"
-"""Parameter of a requested output: how many classes of it are wanted, in words."""
 MAX_RANK = 32
 """Dimensions of a tensor; numpy 1's own limit."""
 MAX_ELEMENTS = 2**31
@@ -158,98 +154,6 @@ def response_to_wire(response: InferResponse) -> wire.Serialised:
     """`response_to_proto`, serialised; large outputs are copied only where their arrays can be written to."""
     raws = [to_raw("output", one, EngineFault) for one in response.outputs]
     return wire.serialised(_parts(response, response.outputs), wire.RAW_OUTPUTS, raws)
-
-
-def classified(response: InferResponse, message: oip_pb2.ModelInferRequest, metadata: ModelMetadata) -> InferResponse:
-    """`response` with the outputs that `message` wants as classes in that form (OIP's classification extension).
-
-    Each is BYTES then: the largest values, the largest first, as "value:index" or, where the model's `labels` are
-    known, "value:index:label". Raises `InvalidInput` for an output of text.
-    """
-    wanted = {
-        asked.name: asked.parameters[CLASSIFICATION].int64_param
-        for asked in message.outputs
-        if CLASSIFICATION in asked.parameters
-    }
-    if not wanted:
-        return response
-    labels = metadata.properties["labels"].split(",") if metadata.properties.get("labels") else []
-    batched = {spec.name for spec in metadata.outputs if spec.shape[:1] == (-1,)}
-    return replace(
-        response,
-        outputs=tuple(
-            _classes(t, wanted[t.name], labels, batched=t.name in batched) if t.name in wanted else t
-            for t in response.outputs
-        ),
-    )
-
-
-def _classes(tensor: Tensor, count: int, labels: Sequence[str], *, batched: bool) -> Tensor:
-    if tensor.datatype == "BYTES":
-        raise InvalidInput(f"output {tensor.name!r}: {CLASSIFICATION} needs numbers, and it is text")
-    array = tensor.array
-    if tensor.datatype == "BF16":
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    rows = array.reshape((len(array), math.prod(array.shape[1:])) if batched else (1, array.size))
-    # Ascending over the reversed row, read backwards: of equal values the first comes first.
-    order = rows.shape[1] - 1 - np.argsort(rows[:, ::-1], axis=1, kind="stable")[:, ::-1][:, :count]
-    texts = [
-        f"{f'{row[index]:f}' if row.dtype.kind == 'f' else int(row[index])}:{index}"
-        + (f":{labels[index]}" if index < len(labels) else "")
-        for row, indices in zip(rows, order, strict=True)
-        for index in indices.tolist()
-    ]
-    shape = order.shape if batched else order.shape[1:]
-    return Tensor(tensor.name, "BYTES", objects([text.encode() for text in texts], shape))
-
-
-def metadata_from_proto(message: oip_pb2.ModelMetadataResponse) -> ModelMetadata:
-    """The model's interface in `message`."""
-
-    def specs(tensors: Iterable[oip_pb2.ModelMetadataResponse.TensorMetadata]) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(t.name, t.datatype, tuple(t.shape)) for t in tensors)
-
-    return ModelMetadata(
-        name=message.name,
-        versions=tuple(message.versions),
-        platform=message.platform,
-        inputs=specs(message.inputs),
-        outputs=specs(message.outputs),
-        properties=dict(message.properties),
-    )
-
-
-def metadata_to_proto(metadata: ModelMetadata) -> oip_pb2.ModelMetadataResponse:
-    """The message for a model's interface."""
-    spec_message = oip_pb2.ModelMetadataResponse.TensorMetadata
-    return oip_pb2.ModelMetadataResponse(
-        name=metadata.name,
-        versions=metadata.versions,
-        platform=metadata.platform,
-        inputs=[spec_message(name=s.name, datatype=s.datatype, shape=s.shape) for s in metadata.inputs],
-        outputs=[spec_message(name=s.name, datatype=s.datatype, shape=s.shape) for s in metadata.outputs],
-        properties=metadata.properties,
-    )
-
-
-def config_to_proto(metadata: ModelMetadata) -> oip_pb2.ModelConfig:
-    """The part of Triton's model configuration that the interface tells: shapes are whole, batching is not declared."""
-    return oip_pb2.ModelConfig(
-        name=metadata.name,
-        platform=metadata.platform,
-        input=[
-            oip_pb2.ModelInput(name=s.name, data_type=_config_type(s.datatype), dims=s.shape) for s in metadata.inputs
-        ],
-        output=[
-            oip_pb2.ModelOutput(name=s.name, data_type=_config_type(s.datatype), dims=s.shape) for s in metadata.outputs
-        ],
-    )
-
-
-def _config_type(datatype: str) -> str:
-    if datatype == "BYTES":
-        return "TYPE_STRING"
-    return f"TYPE_{datatype}" if datatype in DTYPES else "TYPE_INVALID"
 
 
 _TensorMessage = oip_pb2.ModelInferRequest.InferInputTensor | oip_pb2.ModelInferResponse.InferOutputTensor
