@@ -35,6 +35,7 @@ class FunctionModel:
 
     `function` takes the input arrays by name and gives the output arrays by name. A plain function runs in a thread; an
     ``async def`` on the event loop; an async generator gives several answers, or none, and can only be streamed.
+    Large outputs that are read-only are sent from where they lie, later: nothing may write to that memory any more.
     """
 
     metadata: ModelMetadata

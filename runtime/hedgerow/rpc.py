@@ -7,7 +7,7 @@ here and nowhere else. A service is a table of `Method` by path; `hedgerow.trans
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
 import grpc
@@ -82,6 +82,9 @@ class Method:
     """What requests are parsed as; None where the handler does that itself."""
     client_streaming: bool
     server_streaming: bool
+    shed: bool = field(default=False, kw_only=True)
+    """Whether calls may be refused unseen where a server has too much to do. Questions after its health may not: who
+    asks has little patience, and takes it for dead."""
 
     async def answer(self, received: bytes | AsyncIterator[bytes], call: Call) -> Serialised | None:
         """The serialised answer, None after a stream of them. Raises nothing but `HedgerowError`, fit for callers.
@@ -106,14 +109,21 @@ Methods = Mapping[str, Method]
 
 
 def methods(
-    service: ServiceDescriptor, handlers: Mapping[str, Handler], *, unparsed: Container[str] = ()
+    service: ServiceDescriptor,
+    handlers: Mapping[str, Handler],
+    *,
+    unparsed: Container[str] = (),
+    shed: Container[str] = (),
 ) -> dict[str, Method]:
-    """`handlers`, by method name, as `service` describes them; those of `unparsed` take their requests as bytes."""
+    """`handlers`, by method name, as `service` describes them; those of `unparsed` take their requests as bytes.
+
+    Calls of those of `shed` may be refused unseen where there is too much to do.
+    """
 
     def method(name: str, handle: Handler) -> Method:
         described: MethodDescriptor = service.methods_by_name[name]
         kind = None if name in unparsed else GetMessageClass(described.input_type)
-        return Method(name, handle, kind, described.client_streaming, described.server_streaming)
+        return Method(name, handle, kind, described.client_streaming, described.server_streaming, shed=name in shed)
 
     return {f"/{service.full_name}/{name}": method(name, handle) for name, handle in handlers.items()}
 

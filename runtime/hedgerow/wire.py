@@ -58,7 +58,7 @@ def lift(raw: bytes, number: int) -> tuple[bytes, list[memoryview]]:
 def serialised(head: Iterable[bytes], number: int, fields: Iterable[bytes | memoryview]) -> Serialised:
     """The message whose beginning is `head`, with `fields` as its fields `number`.
 
-    Large fields that nobody can write to are not copied.
+    Large fields that are read-only are not copied: nobody may write to their memory any more by another way.
     """
     parts: list[bytes | memoryview] = [*head]
     pieces: list[bytes | memoryview] = []

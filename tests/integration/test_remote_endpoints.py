@@ -6,13 +6,14 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
+import grpc
 import numpy as np
 import pytest
 from simulators import cloud as clouds
 from simulators.cloud import LONG_S, MODEL, Cloud
-from simulators.foreign import Foreign, says
+from simulators.foreign import Foreign, refuses, says
 from simulators.places import until
-from simulators.remotes import REQUEST, ask, near_and_far, reached
+from simulators.remotes import ANSWER, REQUEST, ask, near_and_far, reached
 
 from hedgerow.backend import Deadline
 from hedgerow.errors import BackendUnavailable, ConfigError, EngineFault
@@ -123,6 +124,15 @@ async def test_an_endpoint_that_answers_garbage_is_left_alone(stack: AsyncExitSt
             await ask(remote)
     await ask(remote)
     assert spare.asked == 1
+
+
+async def test_an_endpoint_too_busy_for_a_probe_is_there(stack: AsyncExitStack) -> None:
+    busy = refuses(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy")
+    foreign = await stack.enter_async_context(Foreign({"ServerReady": busy, "ModelInfer": says(ANSWER)}))
+    remote = await reached(stack, foreign.target, failures_to_open=1)
+    endpoint = remote._pool.endpoints[0]
+    assert await endpoint._probe() is True
+    assert remote.snapshot(MODEL).healthy
 
 
 async def test_targets_change_while_requests_are_in_flight_and_none_is_lost(stack: AsyncExitStack) -> None:

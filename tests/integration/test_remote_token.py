@@ -114,11 +114,11 @@ async def test_a_token_is_in_no_log_no_error_and_no_text_of_settings(
     caplog.set_level(logging.DEBUG)
     server = await stack.enter_async_context(Recording())
     server.answers["ModelInfer"] = refuses(grpc.StatusCode.UNAUTHENTICATED, "the token is none that is known")
-    settings = bringing(SECRET, transport=transport, connect_timeout_s=0.1)
+    settings = bringing(SECRET, transport=transport)
     remote = await stack.enter_async_context(RemoteBackend("cloud", server.target, settings))
     with pytest.raises(Unauthenticated) as refused:
         await remote.infer(REQUEST, Deadline.after(TIMEOUT_S))
-    away = RemoteBackend("cloud", "127.0.0.1:1", settings)
+    away = RemoteBackend("cloud", "127.0.0.1:1", bringing(SECRET, transport=transport, connect_timeout_s=0.1))
     with pytest.raises(BackendUnavailable) as unreachable:
         await away.infer(REQUEST, Deadline.after(TIMEOUT_S))
     await away.close()

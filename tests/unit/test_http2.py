@@ -20,7 +20,7 @@ from hedgerow.http2.connection import Connection
 from hedgerow.http2.frames import Code, ConnectionFault
 from hedgerow.http2.grpc import GROWTH, PREFIX_BYTES, MessageReader, frame_message
 from hedgerow.http2.headers import header_block
-from hedgerow.http2.sending import BURST_BYTES
+from hedgerow.http2.sending import BURST_BYTES, MAX_FRAMES_AHEAD
 from hedgerow.http2.stream import STREAM_WINDOW, Stream
 from hedgerow.wire import joined
 
@@ -266,6 +266,29 @@ def test_streams_beyond_the_limit_are_refused_and_may_come_later() -> None:
     side.feed(frame(http2.HEADERS, http2.END_HEADERS, 3, Encoder().encode(REQUEST)))
     assert frame(http2.RST_STREAM, 0, 3, struct.pack(">I", Code.REFUSED_STREAM)) in side.take()
     assert 3 not in side.calls
+
+
+def test_who_does_not_read_that_he_is_refused_is_hung_up_on() -> None:
+    side = Side(max_streams=0)
+    block = Encoder().encode(REQUEST)
+    calls = [frame(http2.HEADERS, http2.END_HEADERS, number, block) for number in range(1, 4 * MAX_FRAMES_AHEAD, 2)]
+    with pytest.raises(ConnectionFault, match="answers that are not read"):
+        side.feed(http2.PREFACE + SETTINGS + b"".join(calls))
+    assert side.closing
+
+
+def test_while_nothing_is_taken_data_waits_in_streams_that_stay_open() -> None:
+    side = Side()
+    peer = Peer(side)
+    peer.h2.send_headers(1, REQUEST, end_stream=True)
+    peer.exchange()
+    side._stalled = True
+    side.send(side.calls[1], ANSWER, b"answer", b"")
+    assert side.streams[1].unsent_bytes == len(b"answer")
+    side._stalled = False
+    peer.exchange()
+    assert 1 not in side.streams
+    assert peer.data(1) == b"answer"
 
 
 def test_pings_are_answered_and_pongs_told() -> None:

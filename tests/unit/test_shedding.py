@@ -28,6 +28,7 @@ async def shedding(calls: InFlight) -> AsyncIterator[Shedding]:
 
 
 def look(shedding: Shedding, late_s: float) -> None:
+    assert not shedding.refuses(math.inf)  # which has it begin
     for _ in range(LOOKS):
         shedding.look(late_s)
 
@@ -63,7 +64,21 @@ async def test_a_few_are_never_a_crowd(shedding: Shedding, calls: InFlight) -> N
     assert not shedding.refuses(0.001)
 
 
-async def test_it_looks_by_itself_while_there_is_a_crowd(shedding: Shedding, calls: InFlight) -> None:
+async def test_many_that_came_at_once_may_be_waiting_for_something_else(shedding: Shedding, calls: InFlight) -> None:
     calls.count = CROWD
     look(shedding, LATE_S)
-    await until(lambda: not shedding.refuses(TURNS * LATE_S / 10))  # it has to find out that the loop is in time
+    calls.count = 100 * CROWD
+    assert not shedding.refuses(TURNS * LATE_S * 10)
+
+
+async def test_what_was_long_ago_is_forgotten(shedding: Shedding, calls: InFlight) -> None:
+    calls.count = CROWD
+    look(shedding, 1000.0)
+    shedding.forget(10.0)
+    assert not shedding.refuses(TURNS * LATE_S)
+
+
+async def test_it_looks_by_itself_while_there_is_a_crowd(shedding: Shedding, calls: InFlight) -> None:
+    calls.count = CROWD
+    look(shedding, 1000.0)
+    await until(lambda: not shedding.refuses(TURNS * 10.0))  # it has to find out that the loop is not so late

@@ -46,7 +46,7 @@ from hedgerow.http2.frames import (
     unpadded,
 )
 from hedgerow.http2.headers import MAX_LIST_BYTES, TABLE_BYTES, HeaderFault, HeaderReader, Pair
-from hedgerow.http2.sending import Sender
+from hedgerow.http2.sending import MAX_FRAMES_AHEAD, Sender
 from hedgerow.http2.stream import STREAM_WINDOW, Stream
 
 MAX_BLOCK_BYTES = MAX_LIST_BYTES
@@ -253,6 +253,8 @@ class Connection(Sender[S], Generic[S, H]):
             if identity % 2 == 0:
                 raise ConnectionFault(Code.PROTOCOL_ERROR, "clients open streams of odd numbers")
             self._last_id = identity
+            if len(self._out) > MAX_FRAMES_AHEAD:
+                raise ConnectionFault(Code.ENHANCE_YOUR_CALM, "too many answers that are not read")
             if len(self.streams) >= self._max_streams:
                 self._out.append(frame(RST_STREAM, 0, identity, UINT32.pack(Code.REFUSED_STREAM)))
                 self._wake()

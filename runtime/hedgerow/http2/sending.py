@@ -28,6 +28,9 @@ from hedgerow.http2.stream import Stream
 
 MAX_ANSWERS = 1000
 """Answers to pings and settings that may wait to be sent."""
+MAX_FRAMES_AHEAD = 2**15
+"""Frames, of data only those that were to go at once, that may wait when the other side opens a stream. One read does
+not bring so many calls that are refused; who brings more does not read what he is told."""
 BURST_BYTES = 2**18
 """What is taken from streams for sending at a time, so that little is copied ahead; two share it."""
 
@@ -44,6 +47,8 @@ class Sender(Generic[S]):
         """Whether the last words were said, by either side: no new streams."""
         self._client = client
         self._out: list[bytes | memoryview] = []
+        self._stalled = False
+        """Whether nothing is taken for now: data waits in its stream then, which stays open for so long."""
         self._answers = 0
         self._sending: dict[int, S] = {}
         """Streams with unsent data, in the order of their turns."""
@@ -150,7 +155,8 @@ class Sender(Generic[S]):
                 self._finish(stream)
                 self._wake()
                 return
-        if not stream.unsent and size <= self._frame_bytes and size <= self._window and size <= stream.window:
+        room = min(self._frame_bytes, self._window, stream.window)
+        if size <= room and not stream.unsent and not (self._stalled and size):
             if size:
                 self._window -= size
                 stream.window -= size

@@ -14,8 +14,13 @@ CALM = 64
 """Calls open, over all connections, that are never too many; the loop is watched while there are more."""
 LOOK_S = 0.02
 """How often the event loop is asked how late it is."""
+GRAIN_S = 0.001
+"""How late timers are on a loop that has nothing to do: they are set in whole milliseconds."""
 GAIN = 0.2
 """Weight of the latest look in what is remembered."""
+MAX_LEAP = 2.0
+"""Times as many calls as of late that make the loop so much later: many that have come may be waiting for something
+else."""
 TURNS = 16
 """Times that a call may meet how late the loop is: unseen in the socket, in each step of its way, and on its way out.
 Nearly all calls that are let in then get their answer within half of their deadline."""
@@ -31,16 +36,20 @@ class Shedding:
         """How late the event loop was of late, and"""
         self._open = 1.0
         """how many calls were open then: what comes on top makes it so much later."""
+        self._looked = 0.0
+        """When it was looked last."""
         self._timer: asyncio.TimerHandle | None = None
 
     def refuses(self, timeout_s: float) -> bool:
-        """Whether a call that has `timeout_s` comes in vain; counts it then."""
+        """Whether a call that opens and has `timeout_s` comes in vain; counts it then, and has the loop watched."""
         count = self._calls.count
         if count <= CALM:
             return False
         if self._timer is None:
-            self._watch()
-        if TURNS * self._late_s * count <= timeout_s * self._open:
+            loop = asyncio.get_running_loop()
+            self.forget(loop.time() - self._looked)
+            self._watch(loop)
+        if TURNS * self._late_s * min(count, MAX_LEAP * self._open) <= timeout_s * self._open:
             return False
         self.refused += 1
         return True
@@ -50,19 +59,23 @@ class Shedding:
         self._late_s += GAIN * (late_s - self._late_s)
         self._open += GAIN * (self._calls.count - self._open)
 
+    def forget(self, calm_s: float) -> None:
+        """For `calm_s` nobody has looked, because there was no crowd: as if the loop had been in time."""
+        self._late_s *= (1 - GAIN) ** (calm_s / LOOK_S)
+
     def close(self) -> None:
         """Watch no more."""
         if self._timer is not None:
             self._timer.cancel()
 
-    def _watch(self) -> None:
-        loop = asyncio.get_running_loop()
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
         due = loop.time() + LOOK_S
 
         def look() -> None:
             self._timer = None
-            self.look(loop.time() - due)
+            self._looked = loop.time()
+            self.look(max(0.0, self._looked - due - GRAIN_S))
             if self._calls.count > CALM:
-                self._watch()
+                self._watch(loop)
 
         self._timer = loop.call_at(due, look)

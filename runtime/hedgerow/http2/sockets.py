@@ -38,7 +38,7 @@ class SocketConnection(Connection[S, H], asyncio.BufferedProtocol):
     _timer: asyncio.TimerHandle | None = None
     _alarm: asyncio.TimerHandle | None = None
     _alarm_at = math.inf
-    _flushing = _paused = _heard = _pinged = False
+    _flushing = _heard = _pinged = False
     _loop: asyncio.AbstractEventLoop
     _space: memoryview
 
@@ -70,11 +70,11 @@ class SocketConnection(Connection[S, H], asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         """See `asyncio.BufferedProtocol`."""
-        self._paused = True
+        self._stalled = True
 
     def resume_writing(self) -> None:
         """See `asyncio.BufferedProtocol`."""
-        self._paused = False
+        self._stalled = False
         self._wake()
 
     def watch(self, stream: S, deadline: float) -> None:
@@ -107,7 +107,7 @@ class SocketConnection(Connection[S, H], asyncio.BufferedProtocol):
         if self._transport is not None:
             self._flush()
             self._transport.close()
-            if self._paused:
+            if self._stalled:
                 self._transport.abort()
 
     def abort(self) -> None:
@@ -116,13 +116,13 @@ class SocketConnection(Connection[S, H], asyncio.BufferedProtocol):
             self._transport.abort()
 
     def _wake(self) -> None:
-        if not self._flushing and not self._paused:
+        if not self._flushing and not self._stalled:
             self._flushing = True
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flushing = False
-        while self._transport is not None and not self._paused and self.unsent:
+        while self._transport is not None and not self._stalled and self.unsent:
             self._transport.write(memoryview(self.take()))  # what the socket does not take is copied once, not twice
 
     def _silent(self, *, asks: bool) -> bool:

@@ -72,6 +72,7 @@ class OipService:
                 **self._shared_memory.handlers,
             },
             unparsed={"ModelInfer"},
+            shed={"ModelInfer", "ModelStreamInfer"},
         )
 
     @property

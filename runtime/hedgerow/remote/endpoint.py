@@ -23,6 +23,7 @@ from hedgerow.errors import (
     DeadlineExceeded,
     EngineFault,
     HedgerowError,
+    Overloaded,
     Unavailable,
     Unsupported,
 )
@@ -302,6 +303,8 @@ class Endpoint:
         except ConnectionError as error:
             self._trip(str(error))
             return str(error)
+        except Overloaded:
+            return ""  # it is there, and this is its answer
         except HedgerowError as error:  # whatever listens there, it must not end the watch
             return str(error)
 

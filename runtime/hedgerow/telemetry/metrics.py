@@ -108,7 +108,8 @@ def of_server(server: Server) -> Iterator[Metric]:
     connections = GaugeMetricFamily("hedgerow_connections", "Open connections of callers.")
     calls = GaugeMetricFamily("hedgerow_calls", "Open calls of any kind.")
     shed = CounterMetricFamily(
-        "hedgerow_calls_shed", "Calls refused as they opened, because the event loop was too late for their deadlines."
+        "hedgerow_calls_shed",
+        "Calls refused as they opened, because the event loop was too late for their deadlines; nothing else counts them.",
     )
     if isinstance(server.listener, _CountsConnections):
         connections.add_metric((), len(server.listener.connections))

@@ -270,10 +270,10 @@ class _Connection(SocketConnection[_Stream, Head]):
     def on_open(self, identity: int, headers: Head) -> _Stream | None:
         """See `Connection`."""
         listener = self._listener
-        if listener.shedding.refuses(headers.timeout_s):
+        method = listener.methods.get(headers.path, _NO_METHOD)
+        if method.shed and listener.shedding.refuses(headers.timeout_s):
             self.decline(identity, _TOO_BUSY)
             return None
-        method = listener.methods.get(headers.path, _NO_METHOD)
         stream = _Stream(identity, self, method, headers, listener.settings.max_message_bytes)
         self.streams[identity] = stream
         listener.calls.enter()
