@@ -109,7 +109,7 @@ def of_server(server: Server) -> Iterator[Metric]:
     calls = GaugeMetricFamily("hedgerow_calls", "Open calls of any kind.")
     shed = CounterMetricFamily(
         "hedgerow_calls_shed",
-        "Calls refused as they opened, because the event loop was too late for their deadlines; nothing else counts them.",
+        "Calls refused as they opened, because the loop was too late for their deadlines; nothing else counts them.",
     )
     if isinstance(server.listener, _CountsConnections):
         connections.add_metric((), len(server.listener.connections))
