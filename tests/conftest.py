@@ -1,5 +1,6 @@
 """Fixtures that more than one suite uses."""
 
+import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -10,6 +11,10 @@ from simulators import brokers
 
 settings.register_profile("hedgerow", deadline=None)  # how long an example takes says more of the machine than of us
 settings.load_profile("hedgerow")
+
+# Whoever is started in the background of a shell ignores Ctrl-C, and so would all daemons that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
