@@ -7,44 +7,16 @@ Pure: no IO, no clock. Invariants:
 - a guarantee binds only the exact student, teacher, engine and precision that it was measured on.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from hedgerow import scores
 from hedgerow.tensors import InferResponse
-
-Probabilities = NDArray[np.float64]
-"""Shape (n, classes), rows summing to 1."""
-
-
-def max_probability(probabilities: Probabilities) -> NDArray[np.float64]:
-    """The largest class probability of each row (Hendrycks and Gimpel 2017)."""
-    return np.asarray(np.maximum.reduce(probabilities, axis=1))
-
-
-def margin(probabilities: Probabilities) -> NDArray[np.float64]:
-    """How far the most likely class of each row is ahead of the second."""
-    two = np.partition(probabilities, -2, axis=1)[:, -2:]
-    return np.asarray(two[:, 1] - two[:, 0])
-
-
-def entropy(probabilities: Probabilities) -> NDArray[np.float64]:
-    """One minus the entropy of each row as a share of the largest possible: 0 for uniform, 1 for certain."""
-    logs = np.log(probabilities, out=np.zeros_like(probabilities), where=probabilities > 0)
-    return np.asarray(1 + (probabilities * logs).sum(axis=1) / np.log(probabilities.shape[1]))
-
-
-SCORES: Mapping[str, Callable[[Probabilities], NDArray[np.float64]]] = {
-    "max_probability": max_probability,
-    "margin": margin,
-    "entropy": entropy,
-}
-
-
-_TINY = np.finfo(np.float64).tiny
 
 
 class Gate(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,37 +28,50 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float = 1.0
     probabilities: bool = False
     """Whether the output holds probabilities; else logits, which softmax makes into some."""
+    options: dict[str, float] = {}
+    """What the score is told besides (`hedgerow.scores`), where not what it takes for granted."""
 
     def __post_init__(self) -> None:
-        if self.score not in SCORES:
-            raise ValueError(f"there is no score {self.score!r}; there are: {', '.join(SCORES)}")
+        try:
+            kind = scores.load(self.score)
+        except LookupError as error:
+            raise ValueError(str(error)) from None
+        for name, value in self.options.items():
+            if name not in kind.options:
+                raise ValueError(f"the score {self.score!r} has no option {name!r}; it has: {', '.join(kind.options)}")
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"the option {name!r} must be above 0, not {value}")
         if not self.temperature > 0:
             raise ValueError(f"the temperature must be above 0, not {self.temperature}")
 
-    def scores(self, logits: NDArray[Any]) -> NDArray[np.float64]:
-        """The score of each row of `logits`, of shape (..., classes) or (classes,), in row-major order.
+    def __hash__(self) -> int:
+        return hash((self.score, self.output, self.threshold, self.temperature))
+
+    def scores(self, output: NDArray[Any]) -> NDArray[np.float64]:
+        """The score of each row of `output`, as the score counts rows (`scores.Reading`).
 
         A row with a NaN or an infinity scores 0, and so do rows of fewer than two classes, which say nothing.
         """
-        classes = logits.shape[-1] if logits.ndim else 0
-        if classes < 2:
-            return np.zeros(logits.size // max(classes, 1))
-        # Ufuncs themselves: of a row or two, most of the time goes into numpy's wrappers around them.
-        rows = logits.reshape(-1, classes).astype(np.float64)
+        kind = scores.load(self.score)
+        if kind.classes:
+            classes = output.shape[-1] if output.ndim else 0
+            if classes < 2:
+                return np.zeros(output.size // max(classes, 1))
+            rows = output.reshape(-1, classes).astype(np.float64)
+        else:
+            rows = np.atleast_1d(output).astype(np.float64)
+            if not rows.size:  # nothing was said
+                return np.zeros(len(rows))
         sound = np.isfinite(rows)
-        broken = None if sound.all() else ~np.logical_and.reduce(sound, axis=1)
+        broken = None if sound.all() else ~sound.reshape(len(rows), -1).all(axis=1)
         if broken is not None:
             rows[broken] = 0.0
-        if self.probabilities:  # their logarithms are logits
-            rows = np.log(np.maximum(rows, _TINY))
-        rows /= self.temperature
-        rows -= np.maximum.reduce(rows, axis=1, keepdims=True)
-        np.exp(rows, out=rows)
-        rows /= np.add.reduce(rows, axis=1, keepdims=True)
-        scores = np.minimum(np.maximum(SCORES[self.score](rows), 0.0), 1.0)
+        options = {**kind.options, **self.options} if kind.options else kind.options
+        found = kind.score(scores.Reading(rows, self.temperature, self.probabilities, options))
+        found = np.minimum(np.maximum(found, 0.0), 1.0)
         if broken is not None:
-            scores[broken] = 0.0
-        return scores
+            found[broken] = 0.0
+        return found
 
     def passes(self, confidence: float) -> bool:
         """Whether an answer of that confidence is good enough."""
@@ -96,9 +81,9 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True):
 class Guarantee(msgspec.Struct, frozen=True, kw_only=True):
     """The signed statement behind a threshold.
 
-    With confidence 1 - `delta` over the draw of the calibration set, the share of all requests that the gate passes and
-    the teacher would have answered differently is at most `epsilon`, at `gate.threshold` and every larger one
-    (risk-controlling prediction sets, Bates et al. 2021). `thresholds` maps other values of epsilon to theirs.
+    With confidence 1 - `delta` over the draw of the calibration set, the `risk` is at most `epsilon` at
+    `gate.threshold`. A marginal risk, of all requests, is so at every larger threshold as well; a selective one, of
+    those that the gate passes, only at those that were `tested`. `thresholds` maps other values of epsilon to theirs.
     """
 
     gate: Gate
@@ -108,11 +93,13 @@ class Guarantee(msgspec.Struct, frozen=True, kw_only=True):
     bound: str
     samples: int
     """Size of the calibration set."""
-    errors: int
-    """Disagreements on it that the gate passes."""
+    errors: float
+    """What is lost on it by answers that the gate passes; of a risk of yes and no, how many those are."""
     escalated: float
     """Share of it that the gate sends on."""
     thresholds: dict[str, float]
+    tested: tuple[float, ...] = ()
+    """Of a selective risk: the thresholds at which the promise holds."""
     calibration_sha256: str
     student_sha256: str
     teacher_sha256: str
@@ -140,30 +127,34 @@ def confidence(gate: Gate, response: InferResponse) -> float:
     be trusted.
     """
     try:
-        scores = _scores(gate, response, response.output(gate.output))
+        rows = _scores(gate, response, response.output(gate.output))
     except KeyError:
         return 0.0
-    if len(scores) == 1:
-        return scores.item()
-    return float(scores.min()) if scores.size else 0.0
+    if len(rows) == 1:
+        return rows.item()
+    return float(rows.min()) if rows.size else 0.0
 
 
 def _scores(gate: Gate, response: InferResponse, output: NDArray[Any]) -> NDArray[np.float64]:
     """The scores of `output`, worked out for all answers of its run at once, which costs about as much as for one."""
     if response.run is None:
         return gate.scores(output)
-    scores: NDArray[np.float64] | None = response.run.notes.get(gate)
+    known: NDArray[np.float64] | None = response.run.notes.get(gate)
     whole = response.run.outputs[gate.output]
-    if scores is None:
-        scores = response.run.notes[gate] = gate.scores(whole)
-    each = scores.size // max(1, len(whole))
-    return scores[response.first * each : (response.first + len(output)) * each]
+    if known is None:
+        known = response.run.notes[gate] = gate.scores(whole)
+    each = known.size // max(1, len(whole))
+    return known[response.first * each : (response.first + len(output)) * each]
 
 
 def covers(guarantee: Guarantee, gate: Gate) -> bool:
-    """Whether `guarantee` holds for answers that `gate` passes: its own gate, at its threshold or any larger one."""
+    """Whether `guarantee` holds for answers that `gate` passes: its own gate, at a threshold that it promises for."""
     own = guarantee.gate
-    return msgspec.structs.replace(gate, threshold=own.threshold) == own and gate.threshold >= own.threshold
+    if msgspec.structs.replace(gate, threshold=own.threshold) != own:
+        return False
+    if guarantee.tested:
+        return gate.threshold in guarantee.tested
+    return gate.threshold >= own.threshold
 
 
 def mismatch(guarantee: Guarantee, student: Mapping[str, str], teacher: Mapping[str, str]) -> str:

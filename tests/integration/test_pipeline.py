@@ -15,9 +15,9 @@ from hedgerow.errors import HedgerowError, InvalidInput
 from hedgerow.oip.messages import request_to_proto, response_to_proto
 from hedgerow.proto.link_pb2 import Sample
 from hedgerow.tensors import InferRequest, InferResponse, tensor
+from hedgerow_cloud.certify.bounds import upper_binomial
 from hedgerow_cloud.cluster import local_ray
 from hedgerow_cloud.learn import data, pipeline
-from hedgerow_cloud.learn.certify import upper_bound
 from hedgerow_cloud.learn.distill import Lesson
 from hedgerow_cloud.learn.pipeline import Outcome
 from hedgerow_cloud.learn.train import train
@@ -113,7 +113,7 @@ def test_the_guarantee_binds_the_files_that_ship_and_can_be_recomputed_from_them
     assert guarantee.samples == len(calibration)
     assert guarantee.errors == int((passed & (logits.argmax(1) != truth.argmax(1))).sum())
     assert guarantee.escalated == pytest.approx(1 - passed.mean())
-    assert upper_bound(guarantee.errors, guarantee.samples, DELTA) <= EPSILON
+    assert upper_binomial(int(guarantee.errors), guarantee.samples, DELTA) <= EPSILON
     assert 0.2 < passed.mean() <= 1
 
 

@@ -16,6 +16,7 @@ except ImportError:
 
 from hedgerow.config import BrokerSettings, variable
 from hedgerow.errors import BackendUnavailable, ConfigError, DeadlineExceeded, HedgerowError, InvalidInput, Unavailable
+from hedgerow_cloud.cli.certify import certify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,6 +95,9 @@ def up(
             )
         console.note("everything is up; Ctrl-C stops it")
         stack.watch()
+
+
+app.command()(certify)
 
 
 @app.command()

@@ -16,13 +16,13 @@ from pathlib import Path
 from hedgerow.errors import HedgerowError
 from hedgerow.policies import Privacy, Tier
 from hedgerow.proto import fleet_pb2, link_pb2
+from hedgerow_cloud.certify.bounds import lower_binomial
 from hedgerow_cloud.cli import console
 from hedgerow_cloud.demo import attack
 from hedgerow_cloud.demo.scene import DEVICE, Scene, say, say_indented
 from hedgerow_cloud.demo.traffic import Traffic, stream
 from hedgerow_cloud.fleet.client import FleetClient
 from hedgerow_cloud.learn import data
-from hedgerow_cloud.learn.certify import lower_bound
 from hedgerow_cloud.learn.pipeline import MODEL, Outcome, first_release, next_release
 from hedgerow_cloud.local.stack import Stack
 
@@ -215,7 +215,7 @@ def _compare(scene: Scene, outcome: Outcome) -> tuple[Row, Row]:
     )
     guarantee, count, unlike = outcome.guarantee, len(labels), hedgerow.traffic.unlike(cloud.traffic)
     # What was observed refutes the promise if even the lower bound of the risk behind it is above epsilon.
-    at_least = lower_bound(unlike, count, guarantee.delta)
+    at_least = lower_binomial(unlike, count, guarantee.delta)
     kept = at_least <= guarantee.epsilon
     scene.claim(
         f"promised: {guarantee}; observed: {unlike} of {count} ({unlike / count:.2%}), which "

@@ -119,7 +119,7 @@ No image is in two splits. The student learned the teacher's probabilities on {f
 With {1 - guarantee.delta:.0%} confidence, at most {guarantee.epsilon:.2%} of all requests get an answer from the
 student that the teacher would have answered differently, as long as only answers with a {guarantee.score_name}
 of at least {guarantee.gate.threshold:.4f} are returned. On the {guarantee.samples} calibration images the gate
-returns {1 - guarantee.escalated:.1%} of the answers; {guarantee.errors} images get one unlike the teacher's.
+returns {1 - guarantee.escalated:.1%} of the answers; {guarantee.errors:g} images get one unlike the teacher's.
 Exact binomial bound (Clopper-Pearson), walked down from the strictest threshold (risk-controlling prediction sets).
 
 | disagreement at most | threshold |

@@ -26,9 +26,11 @@ from hedgerow.errors import HedgerowError
 from hedgerow.gate import Guarantee
 from hedgerow.proto.link_pb2 import Sample
 from hedgerow.release import Manifest
+from hedgerow_cloud.certify.bounds import check_level
+from hedgerow_cloud.certify.guarantee import Provenance, certify, sample
+from hedgerow_cloud.certify.risks import RISKS
 from hedgerow_cloud.cluster import local_ray
 from hedgerow_cloud.learn import data, package, quantize
-from hedgerow_cloud.learn.certify import Provenance, certify, check_level
 from hedgerow_cloud.learn.data import Digits, Images
 from hedgerow_cloud.learn.distill import Lesson, confirmed, from_samples, smoothed
 from hedgerow_cloud.learn.train import INPUT, OUTPUT, Recipe, Trained, train
@@ -190,8 +192,7 @@ def _finish(job: _Job, student: Trained, lesson: Lesson, *, new: int, dropped: M
     )
     job.report(f"int8       {_size(int8)}, {_accuracy(job, logits):.1%} right, {agreement:.1%} of answers unchanged")
     guarantee = certify(
-        logits,
-        teacher_logits,
+        sample(logits, teacher_logits, RISKS["disagreement"]),
         Provenance(
             calibration_sha256=data.digest(calibration),
             student_sha256=release.describe(int8.parent, int8.name).sha256,
@@ -205,7 +206,7 @@ def _finish(job: _Job, student: Trained, lesson: Lesson, *, new: int, dropped: M
     job.report(
         f"gate       {guarantee.score_name} ≥ {guarantee.gate.threshold:.4f}: "
         f"{1 - guarantee.escalated:.1%} of the calibration answers stay on the device, "
-        f"{guarantee.errors} of {guarantee.samples} unlike the teacher's"
+        f"{guarantee.errors:g} of {guarantee.samples} unlike the teacher's"
     )
     job.report(f"guarantee  {guarantee}")
     facts = package.Facts(

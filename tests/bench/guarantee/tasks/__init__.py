@@ -1,0 +1,1 @@
+"""What the guarantee is tried on: a module a task, with `make(cache)` that gives its pool."""
