@@ -8,7 +8,9 @@ device asks for news at each connection, and the fleet says its pointers again.
 """
 
 import asyncio
+import contextlib
 import os
+import random
 import signal
 import socket
 import sysconfig
@@ -27,6 +29,8 @@ POLL_S = 0.02
 STORE_BYTES = 512 * 2**20
 """Most that JetStream may keep on disk: sessions, retained and undelivered messages."""
 MEMORY_BYTES = 64 * 2**20
+PORTS = range(20_000, 32_768)
+"""Above those that Ray's workers take, below those that Linux hands out by itself."""
 LOG_BYTES = 8 * 2**20
 """Size at which the log is rotated; two older ones are kept."""
 
@@ -142,11 +146,16 @@ class EmbeddedBroker:
 
 
 def free_port() -> int:
-    """A TCP port that is free on the loopback interface now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port that is free on the loopback interface now, of those that are handed out to nobody who did not ask.
+
+    A port that the system would give to whoever wants any is taken by somebody else before its owner has started: Ray
+    alone opens dozens.
+    """
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return port
+    raise Unavailable(f"every port of {PORTS.start} to {PORTS.stop - 1} is taken")
 
 
 def _listens(port: int) -> bool:
