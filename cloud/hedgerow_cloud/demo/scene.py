@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from hedgerow_cloud.local.stack import Stack
 from hedgerow_cloud.publish import provision
 
 DEVICE: Final = "here"
+MEET_TIMEOUT_S = 60.0
+MEET_POLL_S = 0.1
 
 Done = Callable[[fleet_pb2.Device, link_pb2.ModelStatus], bool]
 
@@ -54,6 +57,14 @@ class Scene:
         targets = provision.sign(self.stack.keys, self.fleet.metadata("targets.json"), manifest)
         published = self.fleet.publish(folder, targets)
         say(f"  published {published.model}/{published.counter}: {console.size(published.bytes)}, signed offline")
+
+    def meet(self) -> None:
+        """Wait until the fleet has heard of the device; raises `DeadlineExceeded`."""
+        until = time.monotonic() + MEET_TIMEOUT_S
+        while not any(device.id == DEVICE and device.online for device in self.fleet.devices()):
+            if time.monotonic() > until:
+                raise DeadlineExceeded(f"the fleet has not heard of the device within {MEET_TIMEOUT_S:g} s")
+            time.sleep(MEET_POLL_S)
 
     def wait_for(self, done: Done, timeout_s: float) -> tuple[fleet_pb2.Device, link_pb2.ModelStatus]:
         """The device and its model's status as the fleet knows them, once `done`, or as they are when time is up."""

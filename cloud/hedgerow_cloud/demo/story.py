@@ -83,6 +83,7 @@ def _tell(home: Path, *, seed: int, keep: bool) -> list[str]:
             stack.start()
         fleet = leaving.enter_context(FleetClient(stack.address("fleet")))
         scene = Scene(stack, fleet, data.load(seed), seed)
+        scene.meet()
 
         _step(2, "publish release 1; the device fetches it over MQTT, verifies, proves and activates it")
         say(f"  running, a process each: {', '.join(stack.running())}")

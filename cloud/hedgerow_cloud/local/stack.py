@@ -16,7 +16,6 @@ Everything listens on the loopback interface only.
 
 import contextlib
 import json
-import socket
 import sys
 import sysconfig
 import time
@@ -31,6 +30,7 @@ from hedgerow.config import BrokerSettings, Port, Settings, load, variable
 from hedgerow.durable import write_durably
 from hedgerow.errors import ConfigError, HedgerowError
 from hedgerow_cloud.local import probes
+from hedgerow_cloud.local.broker import free_port
 from hedgerow_cloud.local.children import Child
 
 HOST = "127.0.0.1"
@@ -272,13 +272,11 @@ class Stack:
 
 
 def _free_ports() -> Ports:
-    """Ports that are free now, all different: each is held until all are found."""
-    names = Ports.__struct_fields__
-    held = [socket.create_server((HOST, 0)) for _ in names]
-    ports = Ports(**{name: server.getsockname()[1] for name, server in zip(names, held, strict=True)})
-    for server in held:
-        server.close()
-    return ports
+    """Ports that are free now, all different."""
+    names, found = Ports.__struct_fields__, set[int]()
+    while len(found) < len(names):
+        found.add(free_port())
+    return Ports(**dict(zip(names, found, strict=True)))
 
 
 def _write(path: Path, settings: Settings | Mapping[str, Any]) -> None:
