@@ -112,7 +112,8 @@ class Trust:
         self._floor = floor
         self._release = _Repository("release", folder / "release", release_root, floor)
         self._director = _Repository("director", folder / "director", director_root, floor)
-        self._repositories = (self._release, self._director)
+        # In this order: a release is published before it is assigned, so whoever has seen that it is can find it.
+        self._repositories = (self._director, self._release)
         self._lock = asyncio.Lock()
 
     async def refresh(self) -> tuple[Assigned, ...]:

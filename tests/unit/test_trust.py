@@ -81,10 +81,10 @@ async def test_what_both_repositories_agree_on_is_assigned(device: Device, publi
     device.source.asked.clear()
     assert await device.restarted().refresh() == expected
     assert device.source.asked == [  # nothing new: four small questions
-        "release/2.root.json",
-        "release/timestamp.json",
         "director/2.root.json",
         "director/timestamp.json",
+        "release/2.root.json",
+        "release/timestamp.json",
     ]
 
 
@@ -170,12 +170,6 @@ async def test_mixed_and_tampered_metadata_is_refused(device: Device, publisher:
     publisher.director.assign("edge-1", [publisher.publish("digits", 1)])
     old = {name: publisher.releases.metadata(f"2.{name}.json") for name in ("snapshot", "targets")}
     publisher.publish("digits", 2)
-    for name, content in old.items():
-        assert content is not None
-        device.source.tamper = lambda repository, asked, honest, name=name, content=content: (  # type: ignore[misc]
-            content if (repository, asked) == ("release", f"3.{name}.json") else honest
-        )
-        assert f"the release repository's {name} is not what its metadata says, mixed" in await device.refused()
     for name in ("timestamp", "2.snapshot", "2.targets"):
         device.source.tamper = lambda repository, asked, honest, name=name: (  # type: ignore[misc]
             honest.replace(b'"version":', b'"version":1')
@@ -184,6 +178,12 @@ async def test_mixed_and_tampered_metadata_is_refused(device: Device, publisher:
         )
         reason = await device.refused()
         assert f"the director's {name[-9:].lstrip('.2')}" in reason.replace("2.", ""), reason
+    for name, content in old.items():
+        assert content is not None
+        device.source.tamper = lambda repository, asked, honest, name=name, content=content: (  # type: ignore[misc]
+            content if (repository, asked) == ("release", f"3.{name}.json") else honest
+        )
+        assert f"the release repository's {name} is not what its metadata says, mixed" in await device.refused()
     device.source.tamper = lambda _repository, _name, honest: honest
     assert len(await device.trust.refresh()) == 1
 
@@ -209,7 +209,7 @@ async def test_expired_metadata_is_refused_and_says_that_the_clock_may_be_wrong(
     publisher = Publisher(tmp_path / "fleet", Lifetimes(timestamp=timedelta(seconds=-60)))
     publisher.director.register("edge-1")
     reason = await Device(tmp_path / "device", publisher).refused()
-    assert reason.startswith("the release repository's timestamp expired at 20")
+    assert reason.startswith("the director's timestamp expired at 20")
     assert "it is frozen, or the clock of this device" in reason
 
 
@@ -260,3 +260,20 @@ async def test_stolen_keys_and_run_up_versions_are_recovered_from_by_a_new_root(
     assert await device.refused() == (
         "the director's root is version 1, this device has already seen version 2: replayed"
     )
+
+
+async def test_what_is_published_and_assigned_while_a_device_looks_is_no_disagreement(
+    device: Device, publisher: Publisher
+) -> None:
+    first, late = publisher.publish("digits", 1), list[str]()
+    publisher.director.assign("edge-1", [first])
+
+    def meanwhile(repository: str, name: str, honest: bytes | None) -> bytes | None:
+        if not late and name == "timestamp.json":  # the first repository that is asked has just been read
+            late.append(repository)
+            publisher.director.assign("edge-1", [publisher.publish("digits", 2)])
+        return honest
+
+    device.source.tamper = meanwhile
+    assert [one.counter for one in await device.trust.refresh()] == [1]
+    assert [one.counter for one in await device.trust.refresh()] == [2]
