@@ -30,13 +30,13 @@ def flip_a_byte(scene: Scene, good: Manifest, folder: Path) -> None:
     blob.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     scene.fleet.assign(MODEL, counter, [DEVICE])
     _, status = scene.wait_for(lambda _, model: model.target == counter and bool(model.reason), REFUSAL_TIMEOUT_S)
-    blob.write_bytes(whole)
     scene.claim(
         f"one flipped byte in {manifest.name} is refused: {status.reason or 'it was not'}",
         status.running == good.counter and "sha256" in status.reason,
     )
     scene.fleet.assign(MODEL, good.counter, [DEVICE])
     scene.wait_for(lambda _, model: not model.target, REFUSAL_TIMEOUT_S)
+    blob.write_bytes(whole)  # not before, or the device would go on with what it has begun, and be right to
 
 
 def copy_directions(scene: Scene) -> Path:
