@@ -11,8 +11,9 @@ from msgspec.structs import replace
 from onnx import TensorProto
 from simulators import models
 from simulators.cloud import Cloud
+from simulators.guarantees import guarantee
 from simulators.places import until
-from simulators.routers import GATE, SOON_S, SURE, UNSURE, ask, guarantee, heard, infer, routed
+from simulators.routers import GATE, SOON_S, SURE, UNSURE, ask, heard, infer, routed
 
 from hedgerow.backend import Deadline
 from hedgerow.errors import EngineFault, InvalidRelease, Unavailable
@@ -43,7 +44,7 @@ async def test_without_a_cloud_the_answers_of_a_model_whose_gate_is_refused_are_
     stack: AsyncExitStack, host: ModelHost, policy: Policy
 ) -> None:
     router, _ = await routed(stack, host, None, policy=policy)
-    router.set_gate("digits", "1", None, guarantee(student="x" * 64))
+    router.set_gate("digits", "1", None, guarantee(GATE, student="x" * 64))
     response = await infer(router, ask(strength=SURE))
     assert (response.parameters[TIER], response.parameters[DEGRADED]) == ("edge", True)
     assert re.search(r"no cloud configured; gate refused: .*the student's digest", str(response.parameters[REASON]))
@@ -99,10 +100,10 @@ async def test_a_guarantee_of_other_models_judges_nothing_and_that_is_said_once(
     router, remote = await routed(stack, host, cloud.target)
     await heard(remote)
     for binding, tier, word in (
-        (guarantee(student=digest), "edge", "confidence"),
-        (guarantee(student="x" * 64), "cloud", "student's digest"),
-        (guarantee(student=digest, teacher="x" * 64), "cloud", "teacher's digest"),
-        (msgspec.structs.replace(guarantee(student=digest), precision="int8"), "cloud", "precision"),
+        (guarantee(GATE, student=digest), "edge", "confidence"),
+        (guarantee(GATE, student="x" * 64), "cloud", "student's digest"),
+        (guarantee(GATE, student=digest, teacher="x" * 64), "cloud", "teacher's digest"),
+        (msgspec.structs.replace(guarantee(GATE, student=digest), precision="int8"), "cloud", "precision"),
     ):
         caplog.clear()
         router.set_gate("digits", "1", None, binding)
@@ -113,7 +114,7 @@ async def test_a_guarantee_of_other_models_judges_nothing_and_that_is_said_once(
         refusals = [record for record in caplog.records if "gate refused" in record.message]
         assert len(refusals) == (0 if tier == "edge" else 1)
     with pytest.raises(InvalidRelease):
-        router.set_gate("digits", "1", Gate(threshold=0.5), guarantee(student=digest))
+        router.set_gate("digits", "1", Gate(threshold=0.5), guarantee(GATE, student=digest))
 
 
 async def test_a_guarantee_does_not_outlive_the_file_it_was_measured_on(
@@ -121,7 +122,7 @@ async def test_a_guarantee_does_not_outlive_the_file_it_was_measured_on(
 ) -> None:
     router, remote = await routed(stack, host, cloud.target)
     await heard(remote)
-    router.set_gate("digits", "1", None, guarantee(student=(await host.metadata("digits")).properties["sha256"]))
+    router.set_gate("digits", "1", None, guarantee(GATE, student=(await host.metadata("digits")).properties["sha256"]))
     assert (await infer(router, ask(strength=SURE))).parameters[TIER] == "edge"
     models.classifier(tmp_path / "1.onnx", shift=1, extra=True)
     await host.load("digits")
@@ -135,7 +136,7 @@ async def test_a_teacher_without_a_digest_is_not_checked_and_that_is_said_once(
 ) -> None:
     router, remote = await routed(stack, host, cloud.target)
     await heard(remote)
-    router.set_gate("digits", "1", None, guarantee(student=(await host.metadata("digits")).properties["sha256"]))
+    router.set_gate("digits", "1", None, guarantee(GATE, student=(await host.metadata("digits")).properties["sha256"]))
     for _ in range(3):
         assert (await infer(router, ask(strength=SURE))).parameters[TIER] == "edge"
     assert caplog.text.count("is not checked") == 1
@@ -215,7 +216,7 @@ async def test_another_teacher_ends_what_was_found_of_the_gate(stack: AsyncExitS
     async with Cloud(sha256="t" * 64) as first:
         router, remote = await routed(stack, host, first.target)
         await heard(remote)
-        router.set_gate("digits", "1", None, guarantee(student=digest))
+        router.set_gate("digits", "1", None, guarantee(GATE, student=digest))
         assert (await infer(router, ask(strength=SURE))).parameters[TIER] == "edge"
     async with Cloud(port=first.port, sha256="u" * 64), asyncio.timeout(PATIENCE_S):
         while "the teacher's digest" not in (said := str((await infer(router, ask(strength=SURE))).parameters[REASON])):
@@ -238,7 +239,7 @@ async def test_an_answer_of_another_file_under_the_same_version_is_not_judged_by
     await host.load_file(ModelFile("digits", "1", models.classifier(tmp_path / "old.onnx"), precision="fp32"))
     router, _ = await routed(stack, host, None)
     digest = (await host.metadata("digits")).properties["sha256"]
-    router.set_gate("digits", "1", None, guarantee(student=digest))
+    router.set_gate("digits", "1", None, guarantee(GATE, student=digest))
     response = await infer(router, ask(strength=SURE))
     assert response.parameters[DEGRADED] is True
     assert "the student's digest" in str(response.parameters[REASON])

@@ -11,8 +11,9 @@ import grpc
 import pytest
 from msgspec.structs import replace
 from simulators.cloud import MODEL, Cloud
+from simulators.guarantees import guarantee
 from simulators.places import until
-from simulators.routers import GATE, REMOTE, SOON_S, SURE, ask, guarantee, infer, routed
+from simulators.routers import GATE, REMOTE, SOON_S, SURE, ask, infer, routed
 
 from hedgerow.backend import Deadline
 from hedgerow.errors import EngineFault, Forbidden, InvalidInput, ModelNotFound, Overloaded, Unavailable
@@ -73,7 +74,7 @@ async def test_a_teacher_that_cannot_be_asked_does_not_cost_the_edge_its_deadlin
 ) -> None:
     mute = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     router, _ = await routed(stack, host, f"127.0.0.1:{mute.getsockname()[1]}")
-    router.set_gate("digits", "1", None, guarantee(student=(await host.metadata("digits")).properties["sha256"]))
+    router.set_gate("digits", "1", None, guarantee(GATE, student=(await host.metadata("digits")).properties["sha256"]))
     response = await infer(router, ask(strength=SURE), seconds=0.2)
     assert (response.parameters[TIER], response.parameters[DEGRADED]) == ("edge", False)
 

@@ -14,11 +14,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from simulators import brokers, models
+from simulators.guarantees import guarantee
 from simulators.publisher import Publisher
 
 from hedgerow import release
 from hedgerow.errors import LinkError, NotFound
-from hedgerow.gate import Gate, Guarantee
+from hedgerow.gate import Gate
 from hedgerow.link import Link, Topics
 from hedgerow.proto import link_pb2
 from hedgerow.release import Limits, Manifest, Probes, Variant
@@ -110,7 +111,8 @@ class Responder:
         files = tuple(release.describe(folder, name) for name in ("student.onnx", "probes.npz"))
         variant = Variant(name="cpu", engine="onnxruntime", precision="fp32", file="student.onnx")
         if threshold is not None:
-            variant = msgspec.structs.replace(variant, guarantee=_guarantee(threshold, files[0].sha256, teacher_sha256))
+            promise = guarantee(Gate(threshold=threshold), student=files[0].sha256, teacher=teacher_sha256)
+            variant = msgspec.structs.replace(variant, guarantee=promise)
         manifest = Manifest(
             format=release.FORMAT,
             model=model,
@@ -202,22 +204,3 @@ async def running(publisher: Publisher, broker: brokers.Broker) -> AsyncIterator
             yield responder
         finally:
             task.cancel()
-
-
-def _guarantee(threshold: float, student_sha256: str, teacher_sha256: str) -> Guarantee:
-    return Guarantee(
-        gate=Gate(threshold=threshold),
-        risk="disagreement",
-        epsilon=0.01,
-        delta=0.05,
-        bound="exact",
-        samples=1000,
-        errors=1,
-        escalated=0.1,
-        thresholds={},
-        calibration_sha256="",
-        student_sha256=student_sha256,
-        teacher_sha256=teacher_sha256,
-        engine="onnxruntime",
-        precision="fp32",
-    )

@@ -9,7 +9,7 @@ from simulators.cloud import MODEL
 
 from hedgerow.backend import Deadline
 from hedgerow.errors import Unavailable
-from hedgerow.gate import Gate, Guarantee
+from hedgerow.gate import Gate
 from hedgerow.host.model_host import ModelHost
 from hedgerow.journey import Route
 from hedgerow.parameters import REASON
@@ -57,22 +57,3 @@ async def infer(router: Router, request: InferRequest, seconds: float = SOON_S) 
     assert isinstance(response.parameters[REASON], str)
     assert response.parameters[REASON]
     return response
-
-
-def guarantee(*, student: str, teacher: str = "t" * 64) -> Guarantee:
-    return Guarantee(
-        gate=GATE,
-        risk="disagreement",
-        epsilon=0.01,
-        delta=0.05,
-        bound="binomial",
-        samples=1000,
-        errors=3,
-        escalated=0.2,
-        thresholds={},
-        calibration_sha256="c" * 64,
-        student_sha256=student,
-        teacher_sha256=teacher,
-        engine="onnxruntime",
-        precision="fp32",
-    )

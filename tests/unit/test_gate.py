@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from msgspec.structs import replace
 from numpy.typing import NDArray
+from simulators.guarantees import guarantee
 
-from hedgerow.gate import Gate, Guarantee, confidence, covers, mismatch
+from hedgerow.gate import Gate, confidence, covers, mismatch
 from hedgerow.tensors import InferResponse, Run, tensor
 
 LOGITS = arrays.arrays(
@@ -26,25 +27,6 @@ CLASSES = ["energy", "entropy", "margin", "max_probability"]
 
 def answer(logits: NDArray[np.float32]) -> InferResponse:
     return InferResponse(model="digits", version="1", outputs=(tensor("logits", logits),))
-
-
-def guarantee(gate: Gate = GATE) -> Guarantee:
-    return Guarantee(
-        gate=gate,
-        risk="disagreement with the teacher",
-        epsilon=0.01,
-        delta=0.05,
-        bound="binomial",
-        samples=1000,
-        errors=3,
-        escalated=0.2,
-        thresholds={},
-        calibration_sha256="c" * 64,
-        student_sha256="s" * 64,
-        teacher_sha256="t" * 64,
-        engine="onnxruntime",
-        precision="int8",
-    )
 
 
 @given(logits=LOGITS, score=st.sampled_from(CLASSES), temperature=st.floats(0.01, 100))
@@ -134,7 +116,7 @@ def test_a_gate_that_cannot_judge_is_refused_where_it_is_read(wrong: dict[str, o
     ],
 )
 def test_a_guarantee_covers_its_own_gate_and_stricter_ones(changes: dict[str, object], covered: bool) -> None:
-    assert covers(guarantee(), msgspec.structs.replace(GATE, **changes)) is covered
+    assert covers(guarantee(GATE), msgspec.structs.replace(GATE, **changes)) is covered
 
 
 @pytest.mark.parametrize(
@@ -153,7 +135,7 @@ def test_a_guarantee_binds_what_it_was_measured_on_and_nothing_else(
     student: dict[str, str], teacher: dict[str, str], word: str
 ) -> None:
     own = {"sha256": "s" * 64, "engine": "onnxruntime", "precision": "int8"}
-    problem = mismatch(guarantee(), own | student, teacher)
+    problem = mismatch(guarantee(GATE, precision="int8"), own | student, teacher)
     assert word in problem
     assert bool(problem) is bool(word)
 

@@ -64,7 +64,7 @@ class Scene:
         while not any(device.id == DEVICE and device.online for device in self.fleet.devices()):
             if time.monotonic() > until:
                 raise DeadlineExceeded(f"the fleet has not heard of the device within {MEET_TIMEOUT_S:g} s")
-            time.sleep(MEET_POLL_S)
+            time.sleep(MEET_POLL_S)  # polls: a device that nobody has heard of cannot be watched
 
     def wait_for(self, done: Done, timeout_s: float) -> tuple[fleet_pb2.Device, link_pb2.ModelStatus]:
         """The device and its model's status as the fleet knows them, once `done`, or as they are when time is up."""
